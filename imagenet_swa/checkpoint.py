@@ -1,0 +1,125 @@
+"""Save and resume all that a run needs: atomic, verified, the last k kept. safetensors and JSON only."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from imagenet_swa.records import write_atomically
+
+MANIFEST = "manifest.json"
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a run's future depends on at the end of an epoch.
+
+    Attributes:
+        progress: epoch and step as numbers of finished ones, num_averaged, loss scale, and what the run was started with.
+        weights: parameters and buffers of the network.
+        momentum: SGD's buffers by parameter name.
+        average: `WeightAverage.state()`.
+    """
+
+    progress: dict[str, Any]
+    weights: Tensors
+    momentum: Tensors = field(default_factory=dict)
+    average: Tensors = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one run, folders `epoch-03` below one folder. Only the main process saves."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder = folder
+        self._keep = keep
+
+    def save(self, snapshot: Snapshot) -> Path:
+        """Write a checkpoint aside, flush it, list its files' digests, rename it; only then remove the oldest."""
+        name = f"epoch-{snapshot.progress['epoch']:02d}"
+        partial, final = self._folder / f"{name}.partial", self._folder / name
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for part in ("weights", "momentum", "average"):
+            save_file(getattr(snapshot, part), partial / f"{part}.safetensors")
+        write_atomically(partial / "progress.json", json.dumps(snapshot.progress, indent=1))
+        files = sorted(partial.iterdir())
+        for path in files:
+            _flush(path)
+        digests = {path.name: _digest(path) for path in files}
+        write_atomically(partial / MANIFEST, json.dumps(digests, indent=1))
+        _flush(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _flush(self._folder)
+        for old in self._complete()[: -self._keep]:
+            shutil.rmtree(old)
+        return final
+
+    def newest_valid(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint whose files are all as written, and a line about each newer one that is not."""
+        complaints = []
+        for path in reversed(self._complete()):
+            problem = what_is_wrong(path)
+            if problem is None:
+                return path, complaints
+            complaints.append(f"{path}: {problem}; trying the one before it")
+        return None, complaints
+
+    def _complete(self) -> list[Path]:
+        """Folders that were renamed to their final name, oldest first."""
+        found = [path for path in self._folder.glob("epoch-*") if path.suffix != ".partial"]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")))
+
+
+def load_snapshot(path: Path) -> Snapshot:
+    """Read back a checkpoint that `newest_valid` gave."""
+    return Snapshot(
+        progress=json.loads((path / "progress.json").read_text()),
+        weights=load_file(path / "weights.safetensors"),
+        momentum=load_file(path / "momentum.safetensors"),
+        average=load_file(path / "average.safetensors"),
+    )
+
+
+def what_is_wrong(path: Path) -> str | None:
+    """Why a checkpoint folder cannot be trusted, None if every file has the digest of its manifest."""
+    try:
+        digests: dict[str, str] = json.loads((path / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        return f"its {MANIFEST} is missing or damaged"
+    for name, digest in digests.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _digest(path / name) != digest:
+            return f"{name} is not as it was written"
+    return None
+
+
+def save_weights(weights: Tensors, path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file, written aside, flushed and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(weights, partial, metadata)
+    _flush(partial)
+    partial.replace(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,166 @@
+"""Checks everything that a run needs before it starts, a line each."""
+
+import shutil
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from imagenet_swa.config import Config, InputError
+from imagenet_swa.data import imagenet
+from imagenet_swa.data.index import ImageIndex
+from imagenet_swa.data.loaders import build_indices, build_loaders
+from imagenet_swa.data.sampling import evaluation_batches, training_batches
+from imagenet_swa.engine import make_plan
+from imagenet_swa.finetune import compare_with_published, evaluate_network
+from imagenet_swa.models import batchnorm_layers, load_pretrained, resolve_preprocessing
+from imagenet_swa.runtime import Runtime, num_cpus, start_runtime
+
+GIB = 2**30
+T = TypeVar("T")
+
+
+class _Examination:
+    """Runs checks, prints what each found, and remembers whether all passed. Main process prints."""
+
+    def __init__(self) -> None:
+        self.healthy = True
+        self.runtime: Runtime | None = None
+
+    def check(self, title: str, examine: Callable[[], tuple[str, T]]) -> T | None:
+        """One check: its finding and its value, or None after a failure."""
+        try:
+            finding, value = examine()
+        except InputError as error:
+            self.healthy = False
+            self._print("FAIL", title, str(error))
+            return None
+        self._print(" ok ", title, finding)
+        return value
+
+    def warn(self, title: str, finding: str) -> None:
+        """Something that a run survives and its owner may not want."""
+        self._print("warn", title, finding)
+
+    def _print(self, verdict: str, title: str, finding: str) -> None:
+        if self.runtime is None or self.runtime.is_main:
+            print(f"[{verdict}] {title}: {finding}", flush=True)
+
+
+def examine(config: Config, *, measure_baseline: bool = True) -> bool:
+    """Check launcher, GPUs, DALI, data, network, batches, decoding and disk; measure the baseline. True if all passed."""
+    examination = _Examination()
+    runtime = examination.check("processes", lambda: _processes(config))
+    if runtime is None:
+        return False
+    examination.runtime = runtime
+    examination.check("DALI", lambda: _dali(config))
+    indices = examination.check("images", lambda: _images(config))
+    if indices is not None:
+        for finding in _unlike_imagenet(config, indices):
+            examination.warn("images", finding)
+    loaded = examination.check("network", lambda: _network(config))
+    if loaded is not None:
+        examination.check("disk", lambda: _disk(config, loaded[1]))
+    if indices is not None and loaded is not None:
+        examination.check("batches", lambda: (make_plan_text(config, indices, runtime), None))
+        decoded = examination.check("decoding", lambda: _decoding(config, indices, loaded[0], runtime))
+        if measure_baseline and decoded:
+            examination.check("baseline", lambda: _baseline(config, loaded[0]))
+    return examination.healthy
+
+
+def _processes(config: Config) -> tuple[str, Runtime]:
+    runtime = start_runtime(config)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = ", ".join(gpus) if gpus else f"no GPU, {num_cpus()} CPU cores"
+    return f"{runtime.world_size} started; {devices}; torch {torch.__version__}", runtime
+
+
+def _dali(config: Config) -> tuple[str, None]:
+    if config.data.synthetic or config.data.backend != "dali":
+        return "not used by this configuration", None
+    try:
+        import nvidia.dali
+    except ImportError as error:
+        raise InputError(f"cannot be imported ({error}); install the extra dali-cuda13 or dali-cuda12") from None
+    names = [d.metadata["Name"] for d in metadata.distributions() if (d.metadata["Name"] or "").startswith("nvidia-dali-cuda")]
+    return f"{nvidia.dali.__version__} ({', '.join(names)}), torch built for CUDA {torch.version.cuda}", None
+
+
+def _images(config: Config) -> tuple[str, tuple[ImageIndex, ImageIndex]]:
+    start = time.perf_counter()
+    indices = build_indices(config)
+    counts = [f"{len(index):,} of {len(set(index.labels.tolist()))} classes" for index in indices]
+    return f"training {counts[0]}, validation {counts[1]}, read in {time.perf_counter() - start:.1f} s", indices
+
+
+def _unlike_imagenet(config: Config, indices: tuple[ImageIndex, ImageIndex]) -> list[str]:
+    if config.model.num_classes != imagenet.NUM_CLASSES or config.data.synthetic:
+        return []
+    expected = (("training", imagenet.NUM_TRAIN), ("validation", imagenet.NUM_VAL))
+    return [
+        f"{len(index):,} {split} images, ImageNet-1k has {number:,}"
+        for index, (split, number) in zip(indices, expected, strict=True)
+        if len(index) != number
+    ]
+
+
+def _network(config: Config):  # noqa: ANN202
+    network = load_pretrained(config.model)
+    preprocessing = resolve_preprocessing(config.model, config.preprocessing, network)
+    mib = sum(t.nbytes for t in network.state_dict().values()) / 2**20
+    num_layers = len(batchnorm_layers(network))
+    finding = f"{config.model.library} {config.model.name}, {mib:.0f} MiB, {num_layers} BatchNorm layers; {preprocessing.describe()}"
+    return finding, (preprocessing, mib)
+
+
+def _disk(config: Config, mib: float) -> tuple[str, None]:
+    """Captures, two averages per report, and the checkpoints (weights, momentum, average, pretrained weights each)."""
+    copies = config.swa.num_epochs + 2 * len(config.swa.epochs_to_report) + 4 * (config.checkpoints_to_keep + 1)
+    needed, free = copies * mib * 2**20, shutil.disk_usage(_existing(config.output)).free
+    if free < needed:
+        raise InputError(f"{config.output} has {free / GIB:.1f} GiB free, this run needs about {needed / GIB:.1f} GiB")
+    return f"{free / GIB:.1f} GiB free at {config.output}, this run needs about {needed / GIB:.2f} GiB", None
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def make_plan_text(config: Config, indices: tuple[ImageIndex, ImageIndex], runtime: Runtime) -> str:
+    """The arithmetic of the batches; raises InputError where it does not work out."""
+    return make_plan(config, num_images=len(indices[0]), world_size=runtime.world_size).describe()
+
+
+def _decoding(config: Config, indices, preprocessing, runtime: Runtime) -> tuple[str, bool]:  # noqa: ANN001
+    loaders = build_loaders(config, indices, preprocessing, runtime)
+    plan = make_plan(config, num_images=len(indices[0]), world_size=runtime.world_size)
+    batches = training_batches(
+        plan.num_images,
+        seed=config.seed,
+        epoch=0,
+        global_batch_size=plan.global_batch_size,
+        batch_size_per_device=plan.batch_size_per_device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    ).reshape(-1, plan.batch_size_per_device)[:4]
+    start = time.perf_counter()
+    shapes = [tuple(batch.images.shape) for batch in loaders.train.training_stream(batches, epoch=0)]
+    rate = batches.size / (time.perf_counter() - start)
+    some = evaluation_batches(len(indices[1]), rank=runtime.rank, world_size=runtime.world_size, batch_size=8)[:1]
+    shapes += [tuple(batch.images.shape) for batch in loaders.val.evaluation_stream(some)]
+    return f"batches of shape {shapes[0]}; {rate:.0f} images/s per process at first, cold", True
+
+
+def _baseline(config: Config, preprocessing) -> tuple[str, None]:  # noqa: ANN001
+    evaluation = evaluate_network(config)
+    top1 = evaluation.num_correct / evaluation.num_images
+    finding = compare_with_published(config, preprocessing, top1, evaluation.num_images).strip()
+    if "DIFFERS" in finding:
+        raise InputError(finding)
+    return finding, None

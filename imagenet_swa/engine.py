@@ -1,0 +1,237 @@
+"""One epoch of SGD: forward, backward, step, learning rate, progress."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from imagenet_swa.config import Config, InputError, SwaConfig
+from imagenet_swa.data.batch import Batch, ImageLoader
+from imagenet_swa.data.sampling import Indices, split_global_batch, training_batches
+from imagenet_swa.models import batchnorm_layers
+from imagenet_swa.optim import set_learning_rate
+from imagenet_swa.records import Records, Ticker, memory_mib
+from imagenet_swa.runtime import Runtime
+from imagenet_swa.schedule import is_capture, learning_rate
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the training images divide into epochs, steps, processes and cycles."""
+
+    num_images: int
+    seed: int
+    global_batch_size: int
+    batch_size_per_device: int
+    num_accumulation: int
+    world_size: int
+    swa: SwaConfig
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in an epoch."""
+        return self.num_images // self.global_batch_size
+
+    @property
+    def cycle_steps(self) -> int:
+        """c of the paper, in steps."""
+        return self.swa.cycle_epochs * self.steps_per_epoch
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of the update after `step` finished ones."""
+        s = self.swa
+        return learning_rate(step, schedule=s.schedule, cycle_steps=self.cycle_steps, lr_max=s.lr_max, lr_min=s.lr_min)
+
+    def is_capture(self, epoch: int) -> bool:
+        """Whether the weights after `epoch` finished epochs go into the average: at the end of each cycle, and with a
+        constant rate, which has no cycles, after every epoch."""
+        cycle_steps = self.steps_per_epoch if self.swa.schedule == "constant" else self.cycle_steps
+        return is_capture(epoch * self.steps_per_epoch, cycle_steps=cycle_steps)
+
+    def batches(self, epoch: int, rank: int) -> Indices:
+        """Image numbers of one process, (steps, num_accumulation, batch_size_per_device)."""
+        return training_batches(
+            self.num_images,
+            seed=self.seed,
+            epoch=epoch,
+            global_batch_size=self.global_batch_size,
+            batch_size_per_device=self.batch_size_per_device,
+            rank=rank,
+            world_size=self.world_size,
+        )
+
+    def describe(self) -> str:
+        """The arithmetic, for people."""
+        left_over = self.num_images - self.steps_per_epoch * self.global_batch_size
+        accumulation = f" x {self.num_accumulation} accumulated" if self.num_accumulation > 1 else ""
+        return (
+            f"{self.batch_size_per_device} per device x {self.world_size} processes{accumulation} = {self.global_batch_size}; "
+            f"{self.num_images:,} / {self.global_batch_size} = {self.steps_per_epoch:,} steps an epoch, {left_over} images left over"
+        )
+
+
+def make_plan(config: Config, *, num_images: int, world_size: int) -> Plan:
+    """Keep the global batch whatever the number of processes.
+
+    Raises:
+        InputError: the global batch does not divide, or is larger than the training set.
+    """
+    try:
+        batch_size_per_device, num_accumulation = split_global_batch(
+            config.global_batch_size,
+            world_size=world_size,
+            max_batch_size_per_device=config.speed.max_batch_size_per_device,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if num_images < config.global_batch_size:
+        raise InputError(
+            f"{num_images} training images are fewer than one global batch of {config.global_batch_size}; lower global_batch_size"
+        )
+    return Plan(
+        num_images=num_images,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        batch_size_per_device=batch_size_per_device,
+        num_accumulation=num_accumulation,
+        world_size=world_size,
+        swa=config.swa,
+    )
+
+
+def train_one_epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: ImageLoader,
+    *,
+    plan: Plan,
+    epoch: int,
+    config: Config,
+    runtime: Runtime,
+    records: Records,
+) -> None:
+    """All steps of one epoch, 0-based; `network` and `optimizer` as Accelerate prepared them.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        BadImageError: an image cannot be decoded.
+    """
+    _training_mode(network, freeze_batchnorm=config.model.freeze_batchnorm)
+    batches = plan.batches(epoch, runtime.rank)
+    stream = _Timed(loader.training_stream(batches.reshape(-1, plan.batch_size_per_device), epoch=epoch))
+    meter = _Meter(plan, config, runtime, records)
+    first_step = epoch * plan.steps_per_epoch
+    title = f"epoch {epoch + 1}/{config.swa.num_epochs}"
+    with records.progress(title, plan.steps_per_epoch) as ticker:
+        for step in range(first_step, first_step + plan.steps_per_epoch):
+            set_learning_rate(optimizer, plan.learning_rate(step))
+            runtime.seed(config.seed, step)
+            loss = _train_one_step(network, optimizer, stream, plan, config, runtime)
+            is_last = step + 1 == first_step + plan.steps_per_epoch
+            meter.after_step(step, loss, stream, title, ticker, is_last=is_last)
+
+
+def _training_mode(network: nn.Module, *, freeze_batchnorm: bool) -> None:
+    network.train()
+    if freeze_batchnorm:
+        for layer in batchnorm_layers(network).values():
+            layer.eval()
+
+
+def _train_one_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    stream: Iterator[Batch],
+    plan: Plan,
+    config: Config,
+    runtime: Runtime,
+) -> torch.Tensor:
+    """One update from a global batch. Returns this rank's part of the batch's mean loss, ()."""
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=runtime.device)
+    for part in range(plan.num_accumulation):
+        batch = next(stream)
+        is_last = part + 1 == plan.num_accumulation
+        with nullcontext() if is_last else runtime.accelerator.no_sync(network):
+            logits = network(batch.images)
+            if not isinstance(logits, torch.Tensor):
+                raise InputError(f"the network returns {type(logits).__name__}, wanted logits (images, classes)")
+            summed = F.cross_entropy(
+                logits.float(), batch.labels, reduction="sum", label_smoothing=config.optimizer.label_smoothing
+            )
+            loss = summed / plan.global_batch_size
+            # DDP averages gradients over ranks; times their number, the average is the gradient of the global mean.
+            runtime.accelerator.backward(loss * plan.world_size)
+        total += loss.detach()
+    optimizer.step()
+    return total
+
+
+class _Timed:
+    """An iterator of batches that adds up how long its caller waited for them, in seconds."""
+
+    def __init__(self, stream: Iterator[Batch]) -> None:
+        self._stream = stream
+        self.waited = 0.0
+
+    def __iter__(self) -> "_Timed":
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self._stream)
+        self.waited += time.perf_counter() - start
+        return batch
+
+
+class _Meter:
+    """Collects the loss between two log lines and writes them."""
+
+    def __init__(self, plan: Plan, config: Config, runtime: Runtime, records: Records) -> None:
+        self._plan, self._config, self._runtime, self._records = plan, config, runtime, records
+        self._losses: list[torch.Tensor] = []
+        self._start = time.perf_counter()
+
+    def after_step(
+        self, step: int, loss: torch.Tensor, stream: _Timed, title: str, ticker: Ticker, *, is_last: bool
+    ) -> None:
+        """Count a step; every `log_every` steps and after the last one, log and check the loss."""
+        self._losses.append(loss)
+        ticker.advance()
+        if (step + 1) % self._config.log_every and not is_last:
+            return
+        loss_now = (self._runtime.sum(torch.stack(self._losses).sum()) / len(self._losses)).item()
+        seconds = time.perf_counter() - self._start
+        num_steps = len(self._losses)
+        if not math.isfinite(loss_now):
+            raise TrainingError(
+                f"the loss became {loss_now} between steps {step + 1 - num_steps} and {step + 1}; nothing of it was averaged or "
+                "saved. Lower swa.lr_max, or train in another speed.precision; the same command goes on from the last checkpoint"
+            )
+        images_per_second = num_steps * self._plan.global_batch_size / seconds
+        lr = self._plan.learning_rate(step)
+        self._records.log(
+            "train",
+            step=step + 1,
+            epoch=(step + 1) / self._plan.steps_per_epoch,
+            lr=lr,
+            loss=loss_now,
+            images_per_second=images_per_second,
+            data_wait=min(1.0, stream.waited / seconds),
+            memory_mib=memory_mib(self._runtime.device),
+        )
+        ticker.note(f"loss {loss_now:.4f}, {images_per_second:.0f} images/s")
+        if is_last:
+            self._records.say(f"{title}: loss {loss_now:.4f}, lr {lr:.3g}, {images_per_second:.0f} images/s")
+        self._losses.clear()
+        stream.waited = 0.0
+        self._start = time.perf_counter()

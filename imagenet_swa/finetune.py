@@ -1,0 +1,410 @@
+"""The story of a run: pretrained network -> cycles of SGD -> averages -> BatchNorm statistics -> evaluation -> report."""
+
+import copy
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from imagenet_swa.averaging import WeightAverage, capture_weights
+from imagenet_swa.batchnorm import mean_over_ranks, recompute_statistics
+from imagenet_swa.checkpoint import Checkpoints, Snapshot, load_snapshot, save_weights
+from imagenet_swa.config import Config, InputError, Preprocessing, to_plain
+from imagenet_swa.data.imagenet import NUM_VAL, published_top1
+from imagenet_swa.data.index import ImageIndex
+from imagenet_swa.data.loaders import Loaders, build_indices, build_loaders
+from imagenet_swa.data.sampling import evaluation_batches, statistics_batches
+from imagenet_swa.engine import Plan, make_plan, train_one_epoch
+from imagenet_swa.evaluate import Evaluation, evaluate
+from imagenet_swa.models import Weights, batchnorm_layers, load_pretrained, load_weights, resolve_preprocessing
+from imagenet_swa.optim import load_momentum_buffers, make_sgd, momentum_buffers
+from imagenet_swa.records import Records, write_atomically
+from imagenet_swa.report import write_report
+from imagenet_swa.runtime import Runtime, environment_record, start_runtime
+
+
+def finetune(config: Config) -> Path:
+    """Alg. 1 of the paper from pretrained weights to report.md, whose path is returned; resumes where a run stopped."""
+    run = Run.start(config)
+    run.evaluate_what_is_due()  # the pretrained network, or what an interruption left out
+    while run.epoch < config.swa.num_epochs:
+        run.train_one_epoch()
+        if run.plan.is_capture(run.epoch):
+            run.capture()
+        run.save_checkpoint()
+        run.evaluate_what_is_due()
+    return run.finish()
+
+
+@dataclass
+class Session:
+    """What every command needs that runs a network on images."""
+
+    config: Config
+    runtime: Runtime
+    indices: tuple[ImageIndex, ImageIndex]
+    network: nn.Module
+    preprocessing: Preprocessing
+    loaders: Loaders
+
+    @classmethod
+    def open(cls, config: Config) -> "Session":
+        """Processes, images and the pretrained network (in host memory), in the order in which bad input is cheapest."""
+        runtime = start_runtime(config)
+        indices = build_indices(config)
+        runtime.seed(config.seed)
+        with runtime.local_main_first():
+            network = load_pretrained(config.model)
+        preprocessing = resolve_preprocessing(config.model, config.preprocessing, network)
+        return cls(config, runtime, indices, network, preprocessing, build_loaders(config, indices, preprocessing, runtime))
+
+    def network_with(self, weights: Weights) -> nn.Module:
+        """A fresh network on the device: one that Accelerate prepared would run in training's arithmetic."""
+        network = copy.deepcopy(self.network)
+        load_weights(network, weights, "the average")
+        return self.placed(network)
+
+    def placed(self, network: nn.Module) -> nn.Module:
+        """The network on the device in the configured memory order."""
+        order = torch.channels_last if self.config.speed.channels_last else torch.preserve_format
+        return network.to(self.runtime.device, memory_format=order)
+
+    def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, Evaluation]:
+        """All networks in one pass over the validation images."""
+        index = self.loaders.val.index
+        batches = evaluation_batches(
+            len(index),
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            batch_size=self.config.evaluation.batch_size,
+        )
+        return evaluate(
+            networks,
+            self.loaders.val.evaluation_stream(batches),
+            index.labels,
+            num_classes=self.config.model.num_classes,
+            device=self.runtime.device,
+            sum_over_ranks=self.runtime.sum,
+            forward_context=lambda: self.runtime.autocast(self.config.evaluation.precision),
+        )
+
+
+class Run:
+    """A fine-tuning run in the middle: its network, its averages, its files."""
+
+    def __init__(self, session: Session, records: Records) -> None:
+        self.session, self.config, self.runtime, self.records = session, session.config, session.runtime, records
+        self.folder = self.config.output
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.checkpoints_to_keep)
+        self.epoch = 0  # finished epochs
+        self.results: list[dict[str, Any]] = []
+        num_images = len(session.loaders.train.index)
+        self.plan: Plan = make_plan(self.config, num_images=num_images, world_size=self.runtime.world_size)
+        self.average = WeightAverage(session.network)
+        self.captured: Weights = capture_weights(session.network)
+        self.network, self.prepared, self.optimizer = self._prepare()
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        return self.epoch * self.plan.steps_per_epoch
+
+    # ------------------------------------------------------------------------------------------ start and resume
+
+    @classmethod
+    def start(cls, config: Config) -> "Run":
+        """Everything in place for the first epoch, or for the one after the newest valid checkpoint."""
+        session = Session.open(config)
+        _claim_folder(config, session.runtime)
+        records = Records(config.output, session.runtime)
+        session.runtime.accelerator.init_trackers("imagenet_swa", config={"seed": config.seed})
+        run = cls(session, records)
+        snapshot = run._newest_snapshot()
+        run._introduce(snapshot)
+        if snapshot is not None:
+            run._restore(snapshot)
+        records.forget_after(run.step if snapshot else -1)
+        run._save_description()
+        return run
+
+    def _prepare(self) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+        """The network to train: bare, as prepared by Accelerate, and its optimizer."""
+        network = self.session.placed(copy.deepcopy(self.session.network))
+        if self.config.model.sync_batchnorm:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        optimizer = make_sgd(network, self.config.optimizer, fused=self.config.speed.fused_optimizer)
+        if self.config.speed.compile:
+            network.compile()  # in place: parameter names stay as they are
+        prepared, prepared_optimizer = self.runtime.accelerator.prepare(network, optimizer)
+        return network, prepared, prepared_optimizer
+
+    def _newest_snapshot(self) -> Snapshot | None:
+        path, complaints = self.runtime.from_main(self.checkpoints.newest_valid() if self.runtime.is_main else None)
+        for complaint in complaints:
+            self.records.say(f"warning: checkpoint {complaint}")
+        return None if path is None else load_snapshot(path)
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        progress = snapshot.progress
+        _check_same_run(progress, self._identity())
+        load_weights(self.network, snapshot.weights, "the checkpoint")
+        load_momentum_buffers(self.network, _bare(self.optimizer), snapshot.momentum)
+        self.average.load_state(snapshot.average, progress["num_averaged"])
+        if self.runtime.accelerator.scaler is not None and progress["loss_scale"] is not None:
+            self.runtime.accelerator.scaler.load_state_dict(progress["loss_scale"])
+        self.epoch = progress["epoch"]
+        self.captured = capture_weights(self.network)
+        results_file = self.folder / "results.json"
+        found = json.loads(results_file.read_text()) if self.runtime.is_main and results_file.exists() else []
+        self.results = self.runtime.from_main([result for result in found if result["epoch"] <= self.epoch])
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint's run and the present one must have in common, flat."""
+        train, val = (index.fingerprint() for index in self.session.indices)
+        settings = self.config.result_settings()
+        where = ("data.train", "data.val", "data.train_list", "data.val_list", "data.decode")
+        return {k: v for k, v in settings.items() if k not in where} | {"training images": train, "validation images": val}
+
+    # ------------------------------------------------------------------------------------------------- the story
+
+    def train_one_epoch(self) -> None:
+        """SGD over the training images once."""
+        train_one_epoch(
+            self.prepared,
+            self.optimizer,
+            self.session.loaders.train,
+            plan=self.plan,
+            epoch=self.epoch,
+            config=self.config,
+            runtime=self.runtime,
+            records=self.records,
+        )
+        mean_over_ranks(self.network, self.runtime.sum, self.runtime.world_size)
+        self.captured = capture_weights(self.network)
+        self.epoch += 1
+
+    def capture(self) -> None:
+        """Fold the weights at the end of a cycle into the average and keep them as a file."""
+        start = time.perf_counter()
+        self.average.update(self.captured)
+        seconds = time.perf_counter() - start
+        mib = sum(tensor.nbytes for tensor in self.captured.values()) / 2**20
+        self.records.log("capture", step=self.step, num_averaged=self.average.num_averaged, seconds=seconds, mib=mib)
+        self._save_weights(self.captured, f"captures/epoch-{self.epoch:02d}.safetensors")
+
+    def save_checkpoint(self) -> None:
+        """All that a resumed run needs. Returns when it is on disk, on every rank."""
+        if self.runtime.is_main:
+            scaler = self.runtime.accelerator.scaler
+            progress = {
+                "epoch": self.epoch,
+                "step": self.step,
+                "num_averaged": self.average.num_averaged,
+                "loss_scale": scaler.state_dict() if scaler is not None else None,
+                "world_size": self.runtime.world_size,
+                "identity": self._identity(),
+            }
+            momentum = momentum_buffers(self.network, _bare(self.optimizer))
+            on_host = {name: buffer.to("cpu", copy=True).contiguous() for name, buffer in momentum.items()}
+            self.checkpoints.save(Snapshot(progress, self.captured, on_host, self.average.state()))
+        self.runtime.barrier()
+
+    def evaluate_what_is_due(self) -> None:
+        """Evaluate, in one pass, the networks of this epoch that have no result yet; save results and predictions."""
+        networks = self._networks_due()
+        if not networks:
+            return
+        self.runtime.barrier()
+        for name, evaluation in self.session.evaluate(networks).items():
+            result = {"name": name, "epoch": self.epoch, "step": self.step, **evaluation.summary()}
+            self.results.append(result)
+            self.records.log("evaluation", **{key: value for key, value in result.items()} | {"step": self.step})
+            self.records.say(f"  {_label(name, self.epoch)}: top-1 {100 * result['top1']:.2f} %, NLL {result['nll']:.4f}")
+            if self.runtime.is_main:
+                folder = self.folder / "predictions"
+                folder.mkdir(exist_ok=True)
+                evaluation.save(folder / f"{_label(name, self.epoch)}.parquet")
+        self._comment_on_results()
+        if self.runtime.is_main:
+            write_atomically(self.folder / "results.json", json.dumps(self.results, indent=1))
+
+    def finish(self) -> Path:
+        """Write swa.safetensors and the report; returns the latter's path."""
+        name = "swa" if self.config.swa.include_pretrained else "swa_without_pretrained"
+        if self.runtime.is_main:
+            source = self.folder / "averages" / f"{_label(name, self.epoch)}.safetensors"
+            partial = self.folder / "swa.safetensors.partial"
+            partial.write_bytes(source.read_bytes())
+            partial.replace(self.folder / "swa.safetensors")
+            write_report(self.folder)
+        self.runtime.barrier()
+        self.runtime.accelerator.end_training()
+        return self.folder / "report.md"
+
+    # ------------------------------------------------------------------------------------------------- its parts
+
+    def _networks_due(self) -> dict[str, nn.Module]:
+        done = {result["name"] for result in self.results if result["epoch"] == self.epoch}
+        is_report = self.epoch in self.config.swa.epochs_to_report
+        wanted: dict[str, nn.Module] = {}
+        if self.epoch == 0 and "pretrained" not in done:
+            wanted["pretrained"] = self.session.network_with(self.captured)
+        is_capture = self.epoch > 0 and self.plan.is_capture(self.epoch)
+        if is_capture and (self.config.evaluation.captures or is_report) and "capture" not in done:
+            wanted["capture"] = self.session.network_with(self.captured)
+        if self.epoch > 0 and is_report and not done >= {"swa", "swa_without_pretrained"}:
+            wanted |= self._averaged_networks()
+        return wanted
+
+    def _averaged_networks(self) -> dict[str, nn.Module]:
+        """Both averages with fresh BatchNorm statistics, one pass over the training images for the two."""
+        networks = {
+            name: self.session.network_with(self.average.weights(include_pretrained=with_pretrained))
+            for name, with_pretrained in (("swa", True), ("swa_without_pretrained", False))
+        }
+        self._recompute_batchnorm(list(networks.values()))
+        for name, network in networks.items():
+            self._save_weights(capture_weights(network), f"averages/{_label(name, self.epoch)}.safetensors")
+        return networks
+
+    def _recompute_batchnorm(self, networks: list[nn.Module]) -> None:
+        if not batchnorm_layers(networks[0]) or self.config.model.freeze_batchnorm:
+            why = "are frozen" if self.config.model.freeze_batchnorm else "do not exist in this network"
+            self.records.say(f"  BatchNorm statistics {why}: nothing to recompute")
+            return
+        loader = self.session.loaders.train
+        batches = statistics_batches(
+            len(loader.index),
+            seed=self.config.seed,
+            epoch=self.epoch,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            batch_size=self.config.evaluation.batch_size,
+            num_used=self.config.batchnorm.num_images,
+        )
+        self.runtime.seed(self.config.seed, self.step, 1)  # dropout, apart from the training steps' numbers
+        start = time.perf_counter()
+        with self.records.progress("BatchNorm statistics", len(batches)) as ticker:
+
+            def images():  # noqa: ANN202
+                for batch in loader.training_stream(batches, epoch=self.epoch):
+                    yield batch.images
+                    ticker.advance()
+
+            num_images = recompute_statistics(
+                networks,
+                images(),
+                sum_over_ranks=self.runtime.sum,
+                forward_context=lambda: self.runtime.autocast(self.config.evaluation.precision),
+            )
+        self.records.say(f"  BatchNorm statistics from {num_images:,} images in {time.perf_counter() - start:.1f} s")
+
+    def _save_weights(self, weights: Weights, name: str) -> None:
+        if self.runtime.is_main:
+            about = {"format": "pt", "network": self.config.model.name, "num_averaged": str(self.average.num_averaged)}
+            save_weights(weights, self.folder / name, about)
+
+    # -------------------------------------------------------------------------------------------- words for people
+
+    def _introduce(self, snapshot: Snapshot | None) -> None:
+        session, config = self.session, self.config
+        train, val = session.indices
+        self.records.say(f"network: {config.model.library} {config.model.name}, weights {_weights_in_words(config)}")
+        self.records.say(f"preprocessing: {session.preprocessing.describe()}")
+        self.records.say(f"images: {len(train):,} for training, {len(val):,} for validation; decoded by {_decoder(config)}")
+        self.records.say(f"batches: {self.plan.describe()}; device {self.runtime.device}, {config.speed.precision}")
+        if snapshot is not None:
+            before = snapshot.progress["world_size"]
+            note = "" if before == self.runtime.world_size else f", which was saved with {before} processes: BatchNorm now sees batches of another size"
+            self.records.say(f"resuming after epoch {snapshot.progress['epoch']}{note}")
+
+    def _save_description(self) -> None:
+        if not self.runtime.is_main:
+            return
+        record = environment_record(self.runtime, self.config)
+        record["data"] = {
+            split: {"num_images": len(index), "fingerprint": index.fingerprint()}
+            for split, index in zip(("train", "val"), self.session.indices, strict=True)
+        }
+        record["preprocessing"] = to_plain(self.session.preprocessing)
+        write_atomically(self.folder / "environment.json", json.dumps(record, indent=1))
+        write_atomically(self.folder / "config.yaml", yaml.safe_dump(to_plain(self.config), sort_keys=False))
+
+    def _comment_on_results(self) -> None:
+        latest = {result["name"]: result["top1"] for result in self.results if result["epoch"] == self.epoch}
+        if "pretrained" in latest:
+            self.records.say(compare_with_published(self.config, self.session.preprocessing, latest["pretrained"], self.num_val))
+        if "swa" in latest and latest["swa"] < latest["capture"] - 0.1:
+            self.records.say(
+                f"warning: the average is {100 * (latest['capture'] - latest['swa']):.1f} points below its last capture. Averaged "
+                "weights with unfit BatchNorm statistics look like this (is batchnorm.num_images too small?); so do captures too "
+                "far apart to be averaged (is swa.lr_max too large?)"
+            )
+
+    @property
+    def num_val(self) -> int:
+        """Number of validation images."""
+        return len(self.session.indices[1])
+
+
+def evaluate_network(config: Config) -> Evaluation:
+    """The configured network as it starts, on the validation images: the baseline of a run, or any weights file."""
+    session = Session.open(config)
+    network = session.placed(session.network)
+    return session.evaluate({"network": network})["network"]
+
+
+def compare_with_published(config: Config, preprocessing: Preprocessing, top1: float, num_images: int) -> str:
+    """A sentence on how a measured baseline relates to the published figure."""
+    published = published_top1(config.model.library, config.model.name, preprocessing.interpolation)
+    if published is None or config.model.weights is not None or num_images != NUM_VAL:
+        return f"  baseline: {100 * top1:.2f} % measured in this pipeline; gains are relative to it"
+    difference = 100 * (top1 - published)
+    verdict = "agrees" if abs(difference) <= 0.1 else "DIFFERS: check class order, preprocessing and weights before trusting gains"
+    return f"  baseline: {100 * top1:.2f} % measured, {100 * published:.2f} % published: {difference:+.2f} points, {verdict}"
+
+
+def _claim_folder(config: Config, runtime: Runtime) -> None:
+    """Create the run folder; with `resume: never`, refuse one that holds a run."""
+    taken = runtime.from_main((config.output / "config.yaml").exists() if runtime.is_main else None)
+    if taken and config.resume == "never":
+        raise InputError(f"{config.output} already holds a run and resume is never; choose another output, or resume auto")
+    if runtime.is_main:
+        try:
+            config.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot create the run folder {config.output}: {error.strerror}") from None
+    runtime.barrier()
+
+
+def _check_same_run(progress: dict[str, Any], identity: dict[str, Any]) -> None:
+    saved = progress["identity"]
+    changed = [key for key in identity if saved.get(key) != to_plain(identity[key])]
+    if changed:
+        what = "; ".join(f"{key} was {saved.get(key)}, is {to_plain(identity[key])}" for key in changed[:4])
+        raise InputError(f"the checkpoint belongs to another run: {what}; restore the old settings, or choose another output")
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside Accelerate's wrapper."""
+    return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
+
+
+def _label(name: str, epoch: int) -> str:
+    """File and line name of an evaluated network."""
+    return name if name == "pretrained" else f"{name.replace('_', '-')}-epoch-{epoch:02d}"
+
+
+def _weights_in_words(config: Config) -> str:
+    if config.model.weights is not None:
+        return str(config.model.weights)
+    return "by that name" if config.model.pretrained else "random"
+
+
+def _decoder(config: Config) -> str:
+    return "nobody (synthetic)" if config.data.synthetic else config.data.backend

@@ -1,0 +1,250 @@
+"""Networks and their pretrained weights by name, from timm, torchvision or a local file; their preprocessing."""
+
+import difflib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from imagenet_swa.config import InputError, ModelConfig, Preprocessing, PreprocessingConfig
+
+Weights = dict[str, torch.Tensor]
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+def create_network(model: ModelConfig) -> nn.Module:
+    """The architecture with random weights.
+
+    Raises:
+        InputError: the library knows no such architecture, or it does not take the arguments.
+    """
+    architecture = model.name.partition(".")[0]
+    known = timm.list_models() if model.library == "timm" else torchvision.models.list_models(module=torchvision.models)
+    if architecture not in known:
+        raise InputError(f"{model.library} has no network {architecture!r}{_nearest(architecture, known)}")
+    create = timm.create_model if model.library == "timm" else torchvision.models.get_model
+    if model.library == "torchvision":
+        # Otherwise a dozen networks warn about how they initialise weights that are replaced at once.
+        defaults = {"init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
+    else:
+        defaults = {"pretrained": False}
+    try:
+        return create(architecture, num_classes=model.num_classes, **defaults, **model.kwargs)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{model.library} cannot build {architecture} with {model.kwargs}: {_first_line(error)}") from None
+
+
+def load_pretrained(model: ModelConfig) -> nn.Module:
+    """The network with the weights that fine-tuning starts from: a local file's, the library's, or random ones.
+
+    Raises:
+        InputError: ambiguous or unknown weights, a file that cannot be read or does not fit, or no way to download.
+    """
+    if model.weights is not None:
+        network = create_network(model)
+        load_weights(network, read_weights(model.weights), str(model.weights))
+        return network
+    if not model.pretrained:
+        return create_network(model)
+    return _from_timm(model) if model.library == "timm" else _from_torchvision(model)
+
+
+def _from_timm(model: ModelConfig) -> nn.Module:
+    architecture, _, tag = model.name.partition(".")
+    choices = timm.list_pretrained(f"{architecture}.*")
+    if not tag or model.name not in choices:
+        raise InputError(_wanted_one_of("timm", model.name, choices))
+    create_network(ModelConfig(**{**vars(model), "name": architecture}))  # wrong arguments, before any download
+    try:
+        return timm.create_model(model.name, pretrained=True, num_classes=model.num_classes, **model.kwargs)
+    except Exception as error:  # each download library raises its own
+        cfg = timm.get_pretrained_cfg(model.name)
+        source = f"model.safetensors of {cfg.hf_hub_id} on the Hugging Face Hub" if cfg and cfg.hf_hub_id else "its file"
+        raise InputError(_cannot_download(model, architecture, source, "HF_HOME", error)) from None
+
+
+def _from_torchvision(model: ModelConfig) -> nn.Module:
+    architecture, _, tag = model.name.partition(".")
+    create_network(ModelConfig(**{**vars(model), "name": architecture}))
+    enum = torchvision.models.get_model_weights(architecture)
+    choices = [f"{architecture}.{member.name}" for member in enum]
+    if model.name not in choices:  # DEFAULT is an alias, no member: it would be V2 for some networks
+        raise InputError(_wanted_one_of("torchvision", model.name, choices))
+    weights = enum[tag]
+    if len(weights.meta["categories"]) != model.num_classes:
+        raise InputError(
+            f"{model.name} has {len(weights.meta['categories'])} classes, model.num_classes is {model.num_classes}; "
+            "torchvision does not adapt the last layer"
+        )
+    try:
+        return torchvision.models.get_model(architecture, weights=weights, **model.kwargs)
+    except OSError as error:  # urllib's URLError is one
+        raise InputError(_cannot_download(model, architecture, weights.url, "TORCH_HOME", error)) from None
+
+
+def _wanted_one_of(library: str, name: str, choices: list[str]) -> str:
+    if not choices:
+        return f"{library} has no pretrained weights for {name!r}; set model.weights to a file or model.pretrained to false"
+    kind = "is ambiguous: it does not say which weights" if "." not in name or name.endswith(".DEFAULT") else "is unknown"
+    return f"model.name {name!r} {kind}; wanted one of {', '.join(choices)}"
+
+
+def _cannot_download(model: ModelConfig, architecture: str, source: str, cache: str, error: Exception) -> str:
+    return (
+        f"the weights {model.name} are not in the cache and could not be downloaded ({type(error).__name__}); missing: {source}. "
+        f"Where there is a network, download it; then pass --model.name {architecture} --model.weights FILE, "
+        f"or copy the cache folder and set {cache}"
+    )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# -------------------------------------------------------------------------------------------------------- weights
+
+
+def read_weights(path: Path) -> Weights:
+    """A .safetensors or .pth file as names and tensors in host memory; wrappers' prefixes are stripped.
+
+    A .pth is read with `weights_only=True`, which runs no code from the file.
+
+    Raises:
+        InputError: no such file, another format, or not a dict of tensors.
+    """
+    if not path.is_file():
+        raise InputError(f"no such weights file: {path}")
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise InputError(f"{path}: wanted a .safetensors or .pth file")
+    try:
+        loaded: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a valid safetensors file: {_first_line(error)}") from None
+    except Exception as error:  # torch.load raises half a dozen types for a file that it does not take
+        raise InputError(f"{path} is not a file of plain weights: {_first_line(error)}") from None
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise InputError(f"{path} holds no dict of tensors; save network.state_dict()")
+    return {canonical_name(name): tensor for name, tensor in loaded.items()}
+
+
+def canonical_name(name: str) -> str:
+    """The name a parameter has in the bare network, without what DDP and torch.compile put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def load_weights(network: nn.Module, weights: Weights, source: str) -> None:
+    """Load strictly: every name and shape must agree. Raises InputError, naming the source and the first difference."""
+    expected = network.state_dict()
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unexpected:
+        raise InputError(
+            f"{source} does not fit the network: {len(missing)} names missing{_for_instance(missing)}, "
+            f"{len(unexpected)} unexpected{_for_instance(unexpected)}"
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != weights[name].shape:
+            got, wanted = tuple(weights[name].shape), tuple(tensor.shape)
+            raise InputError(f"{source} does not fit the network: {name} has shape {got}, wanted {wanted}")
+    network.load_state_dict(weights)
+
+
+def _for_instance(names: list[str]) -> str:
+    return f" (such as {names[0]})" if names else ""
+
+
+# -------------------------------------------------------------------------------------------------- preprocessing
+
+
+def resolve_preprocessing(model: ModelConfig, overrides: PreprocessingConfig, network: nn.Module) -> Preprocessing:
+    """The network's own data config with the user's overrides on top.
+
+    Raises:
+        InputError: the network is evaluated in a way that resize + central crop does not describe.
+    """
+    own = _timm_data_config(network) if model.library == "timm" else _torchvision_data_config(model)
+    chosen = {name: value for name, value in vars(overrides).items() if value is not None}
+    if own.pop("crop_mode") != "center" and overrides.resize is None:
+        raise InputError(
+            f"{model.name} is evaluated without a central crop, which is not supported; set preprocessing.resize "
+            "to evaluate it with one"
+        )
+    if overrides.image_size is not None and overrides.resize is None:
+        # Keep the share of the image that the central crop shows.
+        chosen["resize"] = math.floor(own["resize"] * overrides.image_size / own["image_size"])
+    return Preprocessing(**{**own, **chosen})
+
+
+def _timm_data_config(network: nn.Module) -> dict[str, Any]:
+    c = timm.data.resolve_model_data_config(network)
+    size = c["input_size"][-1]
+    return {
+        "image_size": size,
+        "resize": math.floor(size / c["crop_pct"]),
+        "interpolation": c["interpolation"],
+        "mean": tuple(c["mean"]),
+        "std": tuple(c["std"]),
+        "crop_mode": c["crop_mode"],
+    }
+
+
+def _torchvision_data_config(model: ModelConfig) -> dict[str, Any]:
+    architecture, _, tag = model.name.partition(".")
+    members = torchvision.models.get_model_weights(architecture).__members__
+    weights = members.get(tag) or members.get("IMAGENET1K_V1")
+    if weights is None:
+        own = {"image_size": 224, "resize": 256, "interpolation": "bilinear", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        return {**own, "crop_mode": "center"}
+    t = weights.transforms()
+    return {
+        "image_size": t.crop_size[0],
+        "resize": t.resize_size[0],
+        "interpolation": t.interpolation.value,
+        "mean": tuple(t.mean),
+        "std": tuple(t.std),
+        "crop_mode": "center",
+    }
+
+
+# ------------------------------------------------------------------------------------------ BatchNorm and modes
+
+
+def batchnorm_layers(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """The layers with moving statistics, by name. Found by type, so that timm's `norm1` and `downsample.1` are there;
+    FrozenBatchNorm, GroupNorm and LayerNorm have no such statistics and are not."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    }
+
+
+@contextmanager
+def mode_of(network: nn.Module, *, training: bool) -> Iterator[None]:
+    """Training or evaluation mode inside; every module's own mode back afterwards, even after an exception."""
+    before = [(module, module.training) for module in network.modules()]
+    network.train(training)
+    try:
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training

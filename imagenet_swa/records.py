@@ -1,0 +1,104 @@
+"""What a run writes down while it runs: metrics.jsonl, train.log, the terminal, trackers. Main process only."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from imagenet_swa.runtime import Runtime
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file aside, flush it to disk, rename it: readers see the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+class Records:
+    """Lines for people and machines. Every method may be called on every rank; only rank 0 writes."""
+
+    def __init__(self, folder: Path, runtime: Runtime) -> None:
+        self._folder = folder
+        self._runtime = runtime
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """A line on the terminal and, with the time, in train.log."""
+        if self._runtime.is_main:
+            self._console.print(text, markup=False)
+            self._append("train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+
+    def log(self, kind: str, *, step: int, **values: Any) -> None:
+        """A line of metrics.jsonl: the kind of line, the step, and the values; numbers go to the trackers too."""
+        if self._runtime.is_main:
+            self._append("metrics.jsonl", json.dumps({"kind": kind, "step": step, **values}))
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        self._runtime.accelerator.log(numbers, step=step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl that a resumed run is about to write again."""
+        path = self._folder / "metrics.jsonl"
+        if self._runtime.is_main and path.exists():
+            lines = path.read_text().splitlines()
+            write_atomically(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator["Ticker"]:
+        """A progress bar with the time left while the block runs; nothing where the output is no terminal."""
+        if not (self._runtime.is_main and sys.stderr.isatty()):
+            yield Ticker(None, None)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, *times, console=self._console, transient=True) as bar:
+            yield Ticker(bar, bar.add_task(title, total=total, note=""))
+
+    def _append(self, name: str, line: str) -> None:
+        with (self._folder / name).open("a") as file:
+            file.write(line + "\n")
+
+
+class Ticker:
+    """Moves a progress bar, if there is one."""
+
+    def __init__(self, bar: Progress | None, task: Any) -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, amount: int = 1) -> None:
+        """So much more is done."""
+        if self._bar is not None:
+            self._bar.advance(self._task, amount)
+
+    def note(self, text: str) -> None:
+        """What stands behind the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, note=text)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; a line that a killed run left half-written counts as never reached."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def memory_mib(device: torch.device) -> float:
+    """Most memory used so far, MiB: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,224 @@
+"""Processes, devices and random numbers of a run; the record of the environment it ran in."""
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
+
+from imagenet_swa.config import Config, InputError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among the processes of the run."""
+
+    accelerator: Accelerator
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files: rank 0."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, on every rank; exact for integers."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.detach().to(self.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value of a small picklable object, on every rank."""
+        return broadcast_object_list([value])[0] if self.world_size > 1 else value
+
+    @contextmanager
+    def local_main_first(self) -> Iterator[None]:
+        """One process of each machine goes first, the others find what it left in the cache."""
+        with self.accelerator.local_main_process_first():
+            yield
+
+    def autocast(self, precision: str) -> AbstractContextManager[object]:
+        """The named arithmetic, "fp32", "bf16" or "fp16", for a forward pass without gradients."""
+        if precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST_DTYPES[precision])
+
+    def seed(self, *key: int) -> None:
+        """Seed what networks draw themselves (dropout) by a key and the rank: nothing to save, nothing to restore."""
+        words = np.random.SeedSequence([*key, self.rank]).generate_state(2, np.uint32)
+        torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+def start_runtime(config: Config) -> Runtime:
+    """Join the process group that the launcher announced and choose the device.
+
+    Raises:
+        InputError: fewer processes than were asked for, or arithmetic that the device does not have.
+    """
+    on_gpu = torch.cuda.is_available()
+    check_precision(config, on_gpu=on_gpu)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.speed.tf32
+    torch.backends.cudnn.benchmark = on_gpu
+    # Without a GPU, Accelerate has to be told, or N processes become N runs that overwrite each other.
+    accelerator = Accelerator(
+        cpu=not on_gpu,
+        mixed_precision={"fp32": "no"}.get(config.speed.precision, config.speed.precision),
+        log_with=list(config.trackers) or None,
+        project_dir=str(config.output),
+        kwargs_handlers=[
+            # Each rank keeps its own BatchNorm statistics while training; `capture` averages them.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+        ],
+    )
+    num_processes = accelerator.num_processes
+    check_num_processes(num_processes, processes_asked_for(os.environ, _parent_command()))
+    return Runtime(
+        accelerator=accelerator,
+        rank=accelerator.process_index,
+        local_rank=accelerator.local_process_index,
+        world_size=num_processes,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        device=accelerator.device,
+    )
+
+
+def check_precision(config: Config, *, on_gpu: bool) -> None:
+    """Raise InputError where the device cannot do what the configuration asks for."""
+    if not on_gpu and "fp16" in (config.speed.precision, config.evaluation.precision):
+        raise InputError("fp16 needs a GPU and none was found; use bf16 or fp32")
+    if not on_gpu and config.model.sync_batchnorm:
+        raise InputError("model.sync_batchnorm needs GPUs and none was found; set it to false")
+    if on_gpu and config.speed.precision == "bf16" and not torch.cuda.is_bf16_supported():
+        raise InputError("this GPU has no bf16; set speed.precision to fp16 or fp32")
+
+
+# ------------------------------------------------------------------------------------- were all processes started?
+
+
+def check_num_processes(num_processes: int, asked_for: int | None) -> None:
+    """Raise InputError where a launcher silently started another number of processes than it was asked for."""
+    if asked_for is not None and asked_for != num_processes:
+        raise InputError(
+            f"{asked_for} processes were asked for, but this run has {num_processes}. Without GPUs, `accelerate launch --cpu` "
+            f"starts one process whatever --num_processes says: use launch/single_node.sh --num_processes {asked_for}, "
+            f"or `accelerate launch --multi_gpu --num_processes {asked_for}`, which also works on CPUs"
+        )
+
+
+def processes_asked_for(environment: Mapping[str, str], launcher: Sequence[str]) -> int | None:
+    """How many processes the user asked the launcher for: by the launcher's flags, its config file or its environment.
+
+    `accelerate launch --cpu --num_processes 2` starts one process and tells it nothing of the 2, which therefore have to
+    be read from the launcher's command line; 3 processes on 2 machines become 2. None where nobody asked for a number.
+    """
+    if any("accelerate" in word for word in launcher[:3]) and (number := _in_accelerate_flags(launcher)):
+        return number
+    if "WORLD_SIZE" in environment:
+        return int(environment["WORLD_SIZE"])
+    return int(environment["SLURM_STEP_NUM_TASKS"]) if "SLURM_STEP_NUM_TASKS" in environment else None
+
+
+def _in_accelerate_flags(launcher: Sequence[str]) -> int | None:
+    flags = dict(zip(launcher, [*launcher[1:], ""], strict=True))
+    flags |= dict(word.split("=", 1) for word in launcher if word.startswith("--") and "=" in word)
+    for name in ("--num_processes", "--num-processes"):
+        if flags.get(name, "").isdigit():
+            return int(flags[name])
+    config_file = Path(flags.get("--config_file", ""))
+    if config_file.is_file():
+        settings = yaml.safe_load(config_file.read_text())
+        return settings.get("num_processes") if isinstance(settings, dict) else None
+    return None
+
+
+def _parent_command() -> list[str]:
+    try:
+        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+# --------------------------------------------------------------------------------------------------- environment
+
+
+def environment_record(runtime: Runtime, config: Config) -> dict[str, Any]:
+    """What a reader needs to know to repeat or doubt the numbers: versions, hardware, code, launch."""
+    packages = ("torch", "torchvision", "timm", "accelerate", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy", "pillow")
+    return {
+        "versions": {"python": platform.python_version(), "imagenet-swa": _version("imagenet-swa")}
+        | {name: version for name in packages if (version := _version(name))},
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cpu": _cpu_name(),
+        "num_cpus": num_cpus(),
+        "hostname": socket.gethostname(),
+        "world_size": runtime.world_size,
+        "local_world_size": runtime.local_world_size,
+        "device": str(runtime.device),
+        "seed": config.seed,
+        "command": sys.argv,
+        "git": _git_state(),
+    }
+
+
+def num_cpus() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the checkout this code runs from, and whether files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True, timeout=30)
+        return run.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)  # installed inside somebody else's repository
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "."))}
+    except (OSError, subprocess.SubprocessError):
+        return None

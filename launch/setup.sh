@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Sourced by demo.sh and test.sh:  setup EXTRAS
+# Makes .venv beside the project once and installs the project into it with the extras and the DALI build that fits torch.
+# A second call finds the stamp of the same pyproject.toml and returns at once. PYTHON names another interpreter.
+
+setup() {
+    local extras=$1 python=${PYTHON:-python3} stamp
+    stamp="$project/.venv/.installed-$extras"
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "setup: wanted Python 3.11 or newer, got '$("$python" --version 2>&1)'; set PYTHON to a newer interpreter" >&2
+        return 2
+    fi
+    if [ -f "$stamp" ] && cmp -s "$stamp" "$project/pyproject.toml"; then
+        return 0
+    fi
+    echo "setup: installing into $project/.venv (torch's CUDA build is several GB; a few minutes)" >&2
+    if [ ! -x "$project/.venv/bin/python" ]; then
+        "$python" -m venv "$project/.venv" || return
+    fi
+    python="$project/.venv/bin/python"
+    "$python" -m pip install --quiet --disable-pip-version-check --editable "$project[$extras]" || return
+    # DALI has one wheel per CUDA major version.
+    local cuda
+    cuda=$("$python" -c 'import torch; print((torch.version.cuda or "13").split(".")[0])') || return
+    if ! "$python" -m pip install --quiet --disable-pip-version-check --editable "$project[dali-cuda$cuda]"; then
+        echo "setup: no DALI for this platform; going on with the torchvision loader" >&2
+    fi
+    cp "$project/pyproject.toml" "$stamp"
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets up and runs the tests, with ruff and pyright first. Arguments go to pytest: bash launch/test.sh -m "not slow" -k evaluate
+set -euo pipefail
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$project"
+source launch/setup.sh
+setup dev
+export PATH="$project/.venv/bin:$PATH"
+ruff check .
+ruff format --check .
+pyright
+exec pytest "$@"
