@@ -148,9 +148,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.prefetch >= 1, f"data.prefetch must be at least 1 batch, got {self.prefetch}")
-        require(
-            self.num_workers is None or self.num_workers >= 0, f"data.num_workers must be 0 or more, got {self.num_workers}"
-        )
+        require(self.num_workers is None or self.num_workers >= 0, f"data.num_workers must be 0 or more, got {self.num_workers}")
         require(
             min(self.synthetic_num_images) >= 1,
             f"data.synthetic_num_images must be at least 1 each, got {self.synthetic_num_images}",
@@ -231,7 +229,9 @@ class BatchNormConfig:
     """Number of training images it looks at; default: all of them."""
 
     def __post_init__(self) -> None:
-        require(self.num_images is None or self.num_images >= 2, f"batchnorm.num_images must be at least 2, got {self.num_images}")
+        require(
+            self.num_images is None or self.num_images >= 2, f"batchnorm.num_images must be at least 2, got {self.num_images}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,7 +391,9 @@ def _with_explicit_true(arguments: Sequence[str]) -> list[str]:
 def _one_line(message: str) -> str:
     """jsonargparse's message as one line, with the nearest setting's name where a key was not known."""
     message = re.sub(r"\s*\n\s*", " ", message.strip()).replace('Parser key "', '"').replace("<class '", "").replace("'>", "")
-    unknown = re.search(r"unrecognized arguments: --([\w.]+)|Group '([\w.]+)' does not accept option '(\w+)'|option '(\w+)'", message)
+    unknown = re.search(
+        r"unrecognized arguments: --([\w.]+)|Group '([\w.]+)' does not accept option '(\w+)'|option '(\w+)'", message
+    )
     if unknown:
         flag, group, option, alone = unknown.groups()
         key = flag or (f"{group}.{option}" if group else alone)

@@ -114,7 +114,9 @@ def _network(config: Config):  # noqa: ANN202
     preprocessing = resolve_preprocessing(config.model, config.preprocessing, network)
     mib = sum(t.nbytes for t in network.state_dict().values()) / 2**20
     num_layers = len(batchnorm_layers(network))
-    finding = f"{config.model.library} {config.model.name}, {mib:.0f} MiB, {num_layers} BatchNorm layers; {preprocessing.describe()}"
+    finding = (
+        f"{config.model.library} {config.model.name}, {mib:.0f} MiB, {num_layers} BatchNorm layers; {preprocessing.describe()}"
+    )
     return finding, (preprocessing, mib)
 
 

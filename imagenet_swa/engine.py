@@ -53,7 +53,8 @@ class Plan:
 
     def is_capture(self, epoch: int) -> bool:
         """Whether the weights after `epoch` finished epochs go into the average: at the end of each cycle, and with a
-        constant rate, which has no cycles, after every epoch."""
+        constant rate, which has no cycles, after every epoch.
+        """
         cycle_steps = self.steps_per_epoch if self.swa.schedule == "constant" else self.cycle_steps
         return is_capture(epoch * self.steps_per_epoch, cycle_steps=cycle_steps)
 
@@ -75,7 +76,8 @@ class Plan:
         accumulation = f" x {self.num_accumulation} accumulated" if self.num_accumulation > 1 else ""
         return (
             f"{self.batch_size_per_device} per device x {self.world_size} processes{accumulation} = {self.global_batch_size}; "
-            f"{self.num_images:,} / {self.global_batch_size} = {self.steps_per_epoch:,} steps an epoch, {left_over} images left over"
+            f"{self.num_images:,} / {self.global_batch_size} = {self.steps_per_epoch:,} steps an epoch, "
+            f"{left_over} images left over"
         )
 
 
@@ -201,9 +203,7 @@ class _Meter:
         self._losses: list[torch.Tensor] = []
         self._start = time.perf_counter()
 
-    def after_step(
-        self, step: int, loss: torch.Tensor, stream: _Timed, title: str, ticker: Ticker, *, is_last: bool
-    ) -> None:
+    def after_step(self, step: int, loss: torch.Tensor, stream: _Timed, title: str, ticker: Ticker, *, is_last: bool) -> None:
         """Count a step; every `log_every` steps and after the last one, log and check the loss."""
         self._losses.append(loss)
         ticker.advance()

@@ -126,8 +126,6 @@ def evaluate(
         never, often = int((seen == 0).sum()), int((seen > 1).sum())
         raise RuntimeError(f"of {num_images} images {never} were never evaluated and {often} more than once")
     return {
-        name: Evaluation(
-            labels, sum_over_ranks(ranked[name]).cpu().numpy(), sum_over_ranks(label_log_prob[name]).cpu().numpy()
-        )
+        name: Evaluation(labels, sum_over_ranks(ranked[name]).cpu().numpy(), sum_over_ranks(label_log_prob[name]).cpu().numpy())
         for name in networks
     }

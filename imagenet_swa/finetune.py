@@ -3,7 +3,7 @@
 import copy
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Session:
     def placed(self, network: nn.Module) -> nn.Module:
         """The network on the device in the configured memory order."""
         order = torch.channels_last if self.config.speed.channels_last else torch.preserve_format
-        return network.to(self.runtime.device, memory_format=order)
+        return network.to(self.runtime.device).to(memory_format=order)
 
     def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, Evaluation]:
         """All networks in one pass over the validation images."""
@@ -223,7 +223,7 @@ class Run:
         for name, evaluation in self.session.evaluate(networks).items():
             result = {"name": name, "epoch": self.epoch, "step": self.step, **evaluation.summary()}
             self.results.append(result)
-            self.records.log("evaluation", **{key: value for key, value in result.items()} | {"step": self.step})
+            self.records.log("evaluation", **dict(result.items()) | {"step": self.step})
             self.records.say(f"  {_label(name, self.epoch)}: top-1 {100 * result['top1']:.2f} %, NLL {result['nll']:.4f}")
             if self.runtime.is_main:
                 folder = self.folder / "predictions"
@@ -320,7 +320,11 @@ class Run:
         self.records.say(f"batches: {self.plan.describe()}; device {self.runtime.device}, {config.speed.precision}")
         if snapshot is not None:
             before = snapshot.progress["world_size"]
-            note = "" if before == self.runtime.world_size else f", which was saved with {before} processes: BatchNorm now sees batches of another size"
+            note = (
+                ""
+                if before == self.runtime.world_size
+                else f", which was saved with {before} processes: BatchNorm now sees batches of another size"
+            )
             self.records.say(f"resuming after epoch {snapshot.progress['epoch']}{note}")
 
     def _save_description(self) -> None:
@@ -341,8 +345,8 @@ class Run:
             self.records.say(compare_with_published(self.config, self.session.preprocessing, latest["pretrained"], self.num_val))
         if "swa" in latest and latest["swa"] < latest["capture"] - 0.1:
             self.records.say(
-                f"warning: the average is {100 * (latest['capture'] - latest['swa']):.1f} points below its last capture. Averaged "
-                "weights with unfit BatchNorm statistics look like this (is batchnorm.num_images too small?); so do captures too "
+                f"warning: the average is {100 * (latest['capture'] - latest['swa']):.1f} points below its last capture. "
+                "Averaged weights with unfit BatchNorm statistics look like this (is batchnorm.num_images too small?); so do captures too "
                 "far apart to be averaged (is swa.lr_max too large?)"
             )
 
@@ -365,7 +369,9 @@ def compare_with_published(config: Config, preprocessing: Preprocessing, top1: f
     if published is None or config.model.weights is not None or num_images != NUM_VAL:
         return f"  baseline: {100 * top1:.2f} % measured in this pipeline; gains are relative to it"
     difference = 100 * (top1 - published)
-    verdict = "agrees" if abs(difference) <= 0.1 else "DIFFERS: check class order, preprocessing and weights before trusting gains"
+    verdict = (
+        "agrees" if abs(difference) <= 0.1 else "DIFFERS: check class order, preprocessing and weights before trusting gains"
+    )
     return f"  baseline: {100 * top1:.2f} % measured, {100 * published:.2f} % published: {difference:+.2f} points, {verdict}"
 
 

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from imagenet_swa.config import InputError, ModelConfig, Preprocessing, PreprocessingConfig
@@ -195,7 +196,7 @@ def resolve_preprocessing(model: ModelConfig, overrides: PreprocessingConfig, ne
 
 
 def _timm_data_config(network: nn.Module) -> dict[str, Any]:
-    c = timm.data.resolve_model_data_config(network)
+    c = resolve_model_data_config(network)
     size = c["input_size"][-1]
     return {
         "image_size": size,
@@ -230,7 +231,8 @@ def _torchvision_data_config(model: ModelConfig) -> dict[str, Any]:
 
 def batchnorm_layers(network: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     """The layers with moving statistics, by name. Found by type, so that timm's `norm1` and `downsample.1` are there;
-    FrozenBatchNorm, GroupNorm and LayerNorm have no such statistics and are not."""
+    FrozenBatchNorm, GroupNorm and LayerNorm have no such statistics and are not.
+    """
     return {
         name: module
         for name, module in network.named_modules()

@@ -38,9 +38,7 @@ def momentum_buffers(network: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return {name: buffer for name, buffer in named.items() if buffer is not None}
 
 
-def load_momentum_buffers(
-    network: nn.Module, optimizer: torch.optim.Optimizer, buffers: dict[str, torch.Tensor]
-) -> None:
+def load_momentum_buffers(network: nn.Module, optimizer: torch.optim.Optimizer, buffers: dict[str, torch.Tensor]) -> None:
     """Put back what `momentum_buffers` gave, on each parameter's device."""
     for name, parameter in network.named_parameters():
         if name in buffers:

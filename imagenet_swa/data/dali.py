@@ -6,12 +6,14 @@ their crops, so that a stream follows from its arguments alone. A pipeline lives
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 import numpy as np
+import nvidia.dali as dali
 import torch
-from nvidia.dali import Pipeline, fn, math, types
-from nvidia.dali.plugin.pytorch import feed_ndarray
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 
 from imagenet_swa.config import Preprocessing
 from imagenet_swa.data.batch import BadImageError, Batch, labels_on
@@ -20,6 +22,10 @@ from imagenet_swa.data.sampling import NUM_TRIES, Indices, draw_crops
 
 Mode = Literal["train", "evaluation"]
 Fields = tuple[list[np.ndarray], ...]
+# DALI makes its operators and types while it is imported, where a type checker cannot see them.
+fn: Any = dali.fn
+math: Any = dali.math
+types: Any = dali.types
 
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 _OPERATORS_THAT_READ = ("io.file.read", "peek_image_shape", "decoders.image")
@@ -71,8 +77,8 @@ class DaliLoader:
         source = (self._fields("train", indices, epoch) for indices in batches)
         pipeline = self._build("train", source, max(map(len, batches)), windows_only=True)
         for _ in batches:
-            (output,) = pipeline.run()
-            yield np.array(output.as_cpu().as_tensor())
+            windows, _ = pipeline.run()
+            yield np.array(windows.as_cpu().as_tensor())
 
     def _stream(self, mode: Mode, batches: Iterable[Indices], epoch: int) -> Iterator[Batch]:
         batches = [np.asarray(indices, np.int64) for indices in batches]
@@ -138,7 +144,7 @@ class DaliLoader:
             if mode == "train":
                 top, left, height, width = _crop_window(shape, draws, self._preprocessing.crop_aspect)
                 if windows_only:
-                    pipeline.set_outputs(fn.stack(top, left, height, width))
+                    pipeline.set_outputs(fn.stack(top, left, height, width), draws[-1])
                 else:
                     window = fn.stack(top, left), fn.stack(height, width)
                     pipeline.set_outputs(self._training_images(encoded, window, draws[-1]))
@@ -205,7 +211,7 @@ class DaliLoader:
         )
         return images.gpu() if self._device.type == "cuda" else images
 
-    def _name_the_culprit(self, mode: Mode, indices: list[int], epoch: int, error: Exception) -> None:
+    def _name_the_culprit(self, mode: Mode, indices: list[int], epoch: int, error: Exception) -> NoReturn:
         """Run each image alone; raise BadImageError for the first that fails, the original error if none does."""
         for i in dict.fromkeys(indices):
             pipeline = self._build(mode, iter([self._fields(mode, np.array([i]), epoch)]), batch_size=1)
@@ -250,7 +256,7 @@ def _crop_window(shape: Any, draws: list[Any], aspect: tuple[float, float]) -> t
 def _reason(path: str, error: Exception) -> str:
     """Why DALI refused a file, in words; its own message is many lines and often names neither file nor reason."""
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             start = file.read(16)
     except OSError as problem:
         return str(problem.strerror).lower()

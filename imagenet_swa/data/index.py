@@ -133,7 +133,7 @@ def check_classes(index: ImageIndex, split: str, num_classes: int) -> None:
         )
     if all(name.isdigit() for name in index.classes) and [int(name) for name in index.classes] != list(range(num_classes)):
         raise InputError(
-            f"{index.root}: folders named by numbers sort as text ({', '.join(index.classes[:3])}, ...), not as numbers; {way_out}"
+            f"{index.root}: folders named by numbers sort as text ({', '.join(index.classes[:3])}, ...), not by value; {way_out}"
         )
     looks_like_imagenet = num_classes == imagenet.NUM_CLASSES and index.classes[0].startswith("n0")
     if looks_like_imagenet and index.classes != imagenet.synsets():

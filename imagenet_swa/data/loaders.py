@@ -44,7 +44,9 @@ def _index_split(config: Config, split: str) -> ImageIndex:
     return index
 
 
-def build_loaders(config: Config, indices: tuple[ImageIndex, ImageIndex], preprocessing: Preprocessing, runtime: Runtime) -> Loaders:
+def build_loaders(
+    config: Config, indices: tuple[ImageIndex, ImageIndex], preprocessing: Preprocessing, runtime: Runtime
+) -> Loaders:
     """Loaders of the chosen backend for both splits, on this process's device."""
     train, val = (_build_loader(config, index, preprocessing, runtime) for index in indices)
     return Loaders(train=train, val=val)

@@ -23,7 +23,7 @@ def synthetic_index(num_images: int, num_classes: int) -> ImageIndex:
 
 
 class SyntheticLoader:
-    """Image i is picture i mod 64 of a fixed pool of noise; see `ImageLoader` for the interface."""
+    """Image i is picture i mod 64 of a fixed pool of noise, moving on by one each epoch; see `ImageLoader` for the interface."""
 
     def __init__(
         self, index: ImageIndex, preprocessing: Preprocessing, *, seed: int, device: torch.device, channels_last: bool = True
@@ -36,11 +36,14 @@ class SyntheticLoader:
         self._pool = pool.to(device, memory_format=order)
 
     def training_stream(self, batches: Iterable[Indices], *, epoch: int) -> Iterator[Batch]:
-        """See `ImageLoader`; the epoch makes no difference."""
-        return self.evaluation_stream(batches)
+        """See `ImageLoader`; each epoch shows an image as another picture."""
+        return self._stream(batches, shift=epoch)
 
     def evaluation_stream(self, batches: Iterable[Indices]) -> Iterator[Batch]:
         """See `ImageLoader`."""
+        return self._stream(batches, shift=0)
+
+    def _stream(self, batches: Iterable[Indices], shift: int) -> Iterator[Batch]:
         for indices in batches:
-            picks = torch.from_numpy(np.asarray(indices) % POOL_SIZE).to(self._device)
+            picks = torch.from_numpy((np.asarray(indices) + shift) % POOL_SIZE).to(self._device)
             yield Batch(self._pool[picks], labels_on(self._device, self.index.labels[indices]), np.asarray(indices))

@@ -1,14 +1,13 @@
 """The torchvision / PIL backend: the same interface and the very same crops as `dali.py`, and its reference in tests."""
 
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
+from torchvision.transforms import InterpolationMode, functional
 
 from imagenet_swa.config import Preprocessing
 from imagenet_swa.data.batch import BadImageError, Batch, labels_on
@@ -16,6 +15,7 @@ from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.sampling import Indices, crop_windows, draw_crops
 
 Mode = Literal["train", "evaluation"]
+F: Any = functional  # annotated for tensors, also takes PIL images
 
 
 class TorchvisionLoader:
