@@ -345,9 +345,9 @@ class Run:
             self.records.say(compare_with_published(self.config, self.session.preprocessing, latest["pretrained"], self.num_val))
         if "swa" in latest and latest["swa"] < latest["capture"] - 0.1:
             self.records.say(
-                f"warning: the average is {100 * (latest['capture'] - latest['swa']):.1f} points "
-                "below its last capture. Averaged weights with unfit BatchNorm statistics look like this (is batchnorm.num_images too small?); so do captures "
-                "too far apart to be averaged (is swa.lr_max too large?)"
+                f"warning: the average is {100 * (latest['capture'] - latest['swa']):.1f} points below its last capture. "
+                "Averaged weights with unfit BatchNorm statistics look like this (is batchnorm.num_images too small?); "
+                "so do captures too far apart to be averaged (is swa.lr_max too large?)"
             )
 
     @property
