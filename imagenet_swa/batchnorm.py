@@ -33,6 +33,9 @@ def recompute_statistics(
 
     Returns:
         Number of images over all ranks.
+
+    Raises:
+        ValueError: no images, or a layer that they do not reach; all statistics are then as before.
     """
     num_images = 0
     with ExitStack() as stack:
@@ -44,11 +47,15 @@ def recompute_statistics(
                     with forward_context():
                         network(batch)
     device = next((p.device for network in networks for p in network.parameters()), torch.device("cpu"))
-    total = sum_over_ranks(torch.tensor([float(num_images)], dtype=torch.float64, device=device))
-    for of_network in moments:
-        for layer, layer_moments in of_network.items():
-            layer_moments.over_ranks(sum_over_ranks).write_to(layer)
-    return int(total.item())
+    total = int(sum_over_ranks(torch.tensor([float(num_images)], dtype=torch.float64, device=device)).item())
+    merged = [(layer, m.over_ranks(sum_over_ranks)) for of_network in moments for layer, m in of_network.items()]
+    if any(m.count < 2 for _, m in merged):
+        raise ValueError(
+            f"BatchNorm statistics need at least two values per channel; a layer had fewer in a pass over {total} images"
+        )
+    for layer, layer_moments in merged:
+        layer_moments.write_to(layer)
+    return total
 
 
 def mean_over_ranks(network: nn.Module, sum_over_ranks: SumOverRanks, world_size: int) -> None:
@@ -88,8 +95,6 @@ class _Moments:
 
     def write_to(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
         assert layer.running_mean is not None and layer.running_var is not None
-        if self.count < 2:
-            raise ValueError("BatchNorm statistics need at least two values per channel; the pass had no images")
         layer.running_mean.copy_(self.mean)
         layer.running_var.copy_(self.deviations / (self.count - 1))
 

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from imagenet_swa.records import write_atomically
@@ -42,13 +44,16 @@ class Checkpoints:
         self._keep = keep
 
     def save(self, snapshot: Snapshot) -> Path:
-        """Write a checkpoint aside, flush it, list its files' digests, rename it; only then remove the oldest."""
+        """Write a checkpoint aside, flush it, list its files' digests, rename it; only then remove the oldest.
+
+        Checkpoints of later epochs, which only a damaged file can leave behind, do not count among those to keep.
+        """
         name = f"epoch-{snapshot.progress['epoch']:02d}"
         partial, final = self._folder / f"{name}.partial", self._folder / name
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for part in ("weights", "momentum", "average"):
-            save_file(getattr(snapshot, part), partial / f"{part}.safetensors")
+            _write_tensors(getattr(snapshot, part), partial / f"{part}.safetensors")
         write_atomically(partial / "progress.json", json.dumps(snapshot.progress, indent=1))
         files = sorted(partial.iterdir())
         for path in files:
@@ -59,7 +64,8 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _flush(self._folder)
-        for old in self._complete()[: -self._keep]:
+        up_to_this = [path for path in self._complete() if _epoch_of(path) <= _epoch_of(final)]
+        for old in up_to_this[: -self._keep]:
             shutil.rmtree(old)
         return final
 
@@ -75,8 +81,13 @@ class Checkpoints:
 
     def _complete(self) -> list[Path]:
         """Folders that were renamed to their final name, oldest first."""
-        found = [path for path in self._folder.glob("epoch-*") if path.suffix != ".partial"]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")))
+        return sorted((path for path in self._folder.glob("epoch-*") if _epoch_of(path) >= 0), key=_epoch_of)
+
+
+def _epoch_of(path: Path) -> int:
+    """The number in the name of a checkpoint folder; -1 for other names, such as `epoch-03.partial`."""
+    number = path.name.removeprefix("epoch-")
+    return int(number) if number.isdecimal() else -1
 
 
 def load_snapshot(path: Path) -> Snapshot:
@@ -93,7 +104,7 @@ def what_is_wrong(path: Path) -> str | None:
     """Why a checkpoint folder cannot be trusted, None if every file has the digest of its manifest."""
     try:
         digests: dict[str, str] = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):  # no JSON, or no text at all
         return f"its {MANIFEST} is missing or damaged"
     for name, digest in digests.items():
         if not (path / name).is_file():
@@ -107,9 +118,20 @@ def save_weights(weights: Tensors, path: Path, metadata: dict[str, str]) -> None
     """A safetensors file, written aside, flushed and renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial, metadata)
+    _write_tensors(weights, partial, metadata)
     _flush(partial)
     partial.replace(path)
+
+
+def _write_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """`save_file` which raises OSError where the system refuses, such as for a full disk; safetensors has its own error."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def _digest(path: Path) -> str:

@@ -1,13 +1,19 @@
 """The commands: parse, call, exit code. What a command needs is imported when it runs."""
 
+import dataclasses
+import difflib
 import errno
 import os
+import re
 import sys
+import warnings
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 from imagenet_swa import __version__
-from imagenet_swa.config import InputError, parse_config
+from imagenet_swa.config import Config, InputError, require
 
 USAGE = f"""imagenet-swa {__version__}: make pretrained ImageNet networks better by Stochastic Weight Averaging
 
@@ -45,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(130, "interrupted; the same command goes on from the last checkpoint")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
         where = f" ({error.filename})" if error.filename else ""
         return _fail(1, f"{error.strerror}{where}; checkpoints already written are whole, and the same command goes on from them")
@@ -80,7 +86,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 def _evaluate(arguments: Sequence[str]) -> int:
     config = parse_config(arguments, "imagenet-swa evaluate", "Evaluate the configured network on the validation images.")
-    from imagenet_swa.finetune import evaluate_network
+    from imagenet_swa.session import evaluate_network
 
     summary = evaluate_network(config).summary()
     if os.environ.get("RANK", "0") == "0":
@@ -137,3 +143,84 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": _report,
     "doctor": _doctor,
 }
+
+
+# ------------------------------------------------------------------------------------------ flags and YAML -> Config
+
+
+def parser_for_config(prog: str, description: str) -> Any:
+    """A jsonargparse parser: `--config FILE`, a flag for every field, `--print_config`, help from the docstrings."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="A YAML file of settings; later flags override it.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse_config(arguments: Sequence[str], prog: str, description: str) -> Config:
+    """Flags and the YAML files they name as a checked `Config`.
+
+    Raises:
+        InputError: a misspelt key, a wrong type, a value out of range, or a file that cannot be read.
+        SystemExit: after `--help` or `--print_config`.
+    """
+    parser = parser_for_config(prog, description)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            namespace = parser.parse_args(_with_explicit_true(arguments))
+            _check_filled(namespace)
+            values = dict(parser.instantiate(namespace))
+    except ArgumentError as error:
+        raise InputError(_one_line(str(error))) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the configuration file is not UTF-8 text: {error}") from None
+    values.pop("config")
+    return Config(**values)
+
+
+def _field_names(cls: Any = Config, prefix: str = "", only_bool: bool = False) -> list[str]:
+    names: list[str] = []
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type):
+            names += _field_names(f.type, f"{prefix}{f.name}.", only_bool)
+        elif f.type is bool or not only_bool:
+            names.append(prefix + f.name)
+    return names
+
+
+def _check_filled(namespace: Any, cls: Any = Config, prefix: str = "") -> None:
+    """jsonargparse lets an empty value through for every setting, and any value for a whole section."""
+    for f in dataclasses.fields(cls):
+        name, value = prefix + f.name, namespace[f.name]
+        if dataclasses.is_dataclass(f.type):
+            require(hasattr(value, "get"), f"{name} is a section, got {value!r}; wanted its settings, indented, below `{name}:`")
+            _check_filled(value, f.type, f"{name}.")
+        else:
+            require(value is not None or type(None) in get_args(f.type), f"{name} is empty; give a value or leave it out")
+
+
+def _with_explicit_true(arguments: Sequence[str]) -> list[str]:
+    """`--data.synthetic` alone means `--data.synthetic=true`, as people write switches."""
+    switches = {f"--{name}" for name in _field_names(only_bool=True)}
+    pairs = zip(arguments, [*arguments, "--"][1:], strict=True)
+    return [a + "=true" if a in switches and b.startswith("-") else a for a, b in pairs]
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message as one line, with the nearest setting's name where a key was not known."""
+    message = re.sub(r"\s*\n\s*", " ", message.strip()).replace('Parser key "', '"').replace("<class '", "").replace("'>", "")
+    if message.startswith("Unexpected config:"):
+        return f"the configuration file holds no settings; wanted lines such as `seed: 1`, got {message[19:79]!r}"
+    unknown = re.search(
+        r"unrecognized arguments: --([\w.-]+)|Group '([\w.]+)' does not accept option '([^']+)'|[Oo]ption '([^']+)'", message
+    )
+    if unknown:
+        flag, group, option, alone = unknown.groups()
+        key = flag or (f"{group}.{option}" if group else alone)
+        near = difflib.get_close_matches(key, _field_names(), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"unknown setting {key}{hint} (all settings: imagenet-swa train --help)"
+    return message

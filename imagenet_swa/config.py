@@ -4,11 +4,6 @@ The text under a field is its help text. A `None` means "derived": from the netw
 """
 
 import dataclasses
-import difflib
-import re
-import sys
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -332,72 +327,3 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def parser_for_config(prog: str, description: str) -> Any:
-    """A jsonargparse parser: `--config FILE`, a flag for every field, `--print_config`, help from the docstrings."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="A YAML file of settings; later flags override it.")
-    parser.add_class_arguments(Config)
-    return parser
-
-
-def parse_config(arguments: Sequence[str], prog: str, description: str) -> Config:
-    """Flags and the YAML files they name as a checked `Config`.
-
-    Raises:
-        InputError: a misspelt key, a wrong type, a value out of range, or a file that cannot be read.
-        SystemExit: after `--help` or `--print_config`.
-    """
-    from argparse import ArgumentError
-
-    parser = parser_for_config(prog, description)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            namespace = parser.parse_args(_with_explicit_true(arguments))
-            values = dict(parser.instantiate(namespace))
-    except ArgumentError as error:
-        raise InputError(_one_line(str(error))) from None
-    values.pop("config")
-    return Config(**values)
-
-
-def load_config(path: Path) -> Config:
-    """The configuration saved in a run folder or written by hand, without any flags."""
-    return parse_config(["--config", str(path)], prog=Path(sys.argv[0]).name, description="")
-
-
-def _field_names(cls: Any = Config, prefix: str = "", only_bool: bool = False) -> list[str]:
-    names: list[str] = []
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(f.type):
-            names += _field_names(f.type, f"{prefix}{f.name}.", only_bool)
-        elif f.type is bool or not only_bool:
-            names.append(prefix + f.name)
-    return names
-
-
-def _with_explicit_true(arguments: Sequence[str]) -> list[str]:
-    """`--data.synthetic` alone means `--data.synthetic=true`, as people write switches."""
-    switches = {f"--{name}" for name in _field_names(only_bool=True)}
-    following = [*arguments[1:], "--"]
-    return [a + "=true" if a in switches and b.startswith("--") else a for a, b in zip(arguments, following, strict=True)]
-
-
-def _one_line(message: str) -> str:
-    """jsonargparse's message as one line, with the nearest setting's name where a key was not known."""
-    message = re.sub(r"\s*\n\s*", " ", message.strip()).replace('Parser key "', '"').replace("<class '", "").replace("'>", "")
-    unknown = re.search(
-        r"unrecognized arguments: --([\w.]+)|Group '([\w.]+)' does not accept option '(\w+)'|option '(\w+)'", message
-    )
-    if unknown:
-        flag, group, option, alone = unknown.groups()
-        key = flag or (f"{group}.{option}" if group else alone)
-        near = difflib.get_close_matches(key, _field_names(), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"unknown setting {key}{hint} (all settings: imagenet-swa train --help)"
-    return message

@@ -9,15 +9,15 @@ from typing import TypeVar
 
 import torch
 
-from imagenet_swa.config import Config, InputError
+from imagenet_swa.config import Config, InputError, Preprocessing
 from imagenet_swa.data import imagenet
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.loaders import build_indices, build_loaders
 from imagenet_swa.data.sampling import evaluation_batches, training_batches
 from imagenet_swa.engine import make_plan
-from imagenet_swa.finetune import compare_with_published, evaluate_network
 from imagenet_swa.models import batchnorm_layers, load_pretrained, resolve_preprocessing
 from imagenet_swa.runtime import Runtime, num_cpus, start_runtime
+from imagenet_swa.session import compare_with_published, evaluate_network
 
 GIB = 2**30
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def examine(config: Config, *, measure_baseline: bool = True) -> bool:
     if loaded is not None:
         examination.check("disk", lambda: _disk(config, loaded[1]))
     if indices is not None and loaded is not None:
-        examination.check("batches", lambda: (make_plan_text(config, indices, runtime), None))
+        examination.check("batches", lambda: (_batches(config, indices, runtime), None))
         decoded = examination.check("decoding", lambda: _decoding(config, indices, loaded[0], runtime))
         if measure_baseline and decoded:
             examination.check("baseline", lambda: _baseline(config, loaded[0]))
@@ -109,13 +109,13 @@ def _unlike_imagenet(config: Config, indices: tuple[ImageIndex, ImageIndex]) -> 
     ]
 
 
-def _network(config: Config):  # noqa: ANN202
+def _network(config: Config) -> tuple[str, tuple[Preprocessing, float]]:
     network = load_pretrained(config.model)
     preprocessing = resolve_preprocessing(config.model, config.preprocessing, network)
     mib = sum(t.nbytes for t in network.state_dict().values()) / 2**20
     num_layers = len(batchnorm_layers(network))
     finding = (
-        f"{config.model.library} {config.model.name}, {mib:.0f} MiB, {num_layers} BatchNorm layers; {preprocessing.describe()}"
+        f"{config.model.library} {config.model.name}, {mib:.1f} MiB, {num_layers} BatchNorm layers; {preprocessing.describe()}"
     )
     return finding, (preprocessing, mib)
 
@@ -134,12 +134,14 @@ def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-def make_plan_text(config: Config, indices: tuple[ImageIndex, ImageIndex], runtime: Runtime) -> str:
+def _batches(config: Config, indices: tuple[ImageIndex, ImageIndex], runtime: Runtime) -> str:
     """The arithmetic of the batches; raises InputError where it does not work out."""
     return make_plan(config, num_images=len(indices[0]), world_size=runtime.world_size).describe()
 
 
-def _decoding(config: Config, indices, preprocessing, runtime: Runtime) -> tuple[str, bool]:  # noqa: ANN001
+def _decoding(
+    config: Config, indices: tuple[ImageIndex, ImageIndex], preprocessing: Preprocessing, runtime: Runtime
+) -> tuple[str, bool]:
     loaders = build_loaders(config, indices, preprocessing, runtime)
     plan = make_plan(config, num_images=len(indices[0]), world_size=runtime.world_size)
     batches = training_batches(
@@ -159,7 +161,7 @@ def _decoding(config: Config, indices, preprocessing, runtime: Runtime) -> tuple
     return f"batches of shape {shapes[0]}; {rate:.0f} images/s per process at first, cold", True
 
 
-def _baseline(config: Config, preprocessing) -> tuple[str, None]:  # noqa: ANN001
+def _baseline(config: Config, preprocessing: Preprocessing) -> tuple[str, None]:
     evaluation = evaluate_network(config)
     top1 = evaluation.num_correct / evaluation.num_images
     finding = compare_with_published(config, preprocessing, top1, evaluation.num_images).strip()

@@ -19,6 +19,11 @@ from imagenet_swa.records import Records, Ticker, memory_mib
 from imagenet_swa.runtime import Runtime
 from imagenet_swa.schedule import is_capture, learning_rate
 
+_WAY_OUT = (
+    "nothing of it was averaged or saved. Lower swa.lr_max, or train in another speed.precision; "
+    "the same command goes on from the last checkpoint"
+)
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line for people."""
@@ -124,7 +129,7 @@ def train_one_epoch(
     """All steps of one epoch, 0-based; `network` and `optimizer` as Accelerate prepared them.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss or a weight is not finite.
         BadImageError: an image cannot be decoded.
     """
     _training_mode(network, freeze_batchnorm=config.model.freeze_batchnorm)
@@ -140,6 +145,13 @@ def train_one_epoch(
             loss = _train_one_step(network, optimizer, stream, plan, config, runtime)
             is_last = step + 1 == first_step + plan.steps_per_epoch
             meter.after_step(step, loss, stream, title, ticker, is_last=is_last)
+    _check_weights(network, first_step + plan.steps_per_epoch)
+
+
+def _check_weights(network: nn.Module, step: int) -> None:
+    """The last update's loss was computed before it: whether the weights survived it has to be asked of themselves."""
+    if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
+        raise TrainingError(f"a weight became infinite or NaN by step {step}; {_WAY_OUT}")
 
 
 def _training_mode(network: nn.Module, *, freeze_batchnorm: bool) -> None:
@@ -213,10 +225,7 @@ class _Meter:
         seconds = time.perf_counter() - self._start
         num_steps = len(self._losses)
         if not math.isfinite(loss_now):
-            raise TrainingError(
-                f"the loss became {loss_now} between steps {step + 1 - num_steps} and {step + 1}; nothing of it was averaged or "
-                "saved. Lower swa.lr_max, or train in another speed.precision; the same command goes on from the last checkpoint"
-            )
+            raise TrainingError(f"the loss became {loss_now} between steps {step + 1 - num_steps} and {step + 1}; {_WAY_OUT}")
         images_per_second = num_steps * self._plan.global_batch_size / seconds
         lr = self._plan.learning_rate(step)
         self._records.log(

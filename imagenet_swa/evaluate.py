@@ -114,7 +114,7 @@ def evaluate(
             stack.enter_context(mode_of(network, training=False))
         for batch in batches:
             rows = torch.from_numpy(batch.indices).to(device)
-            seen[rows] += 1
+            seen.index_add_(0, rows, torch.ones_like(rows))  # `seen[rows] += 1` counts an image twice in a batch once
             for name, network in networks.items():
                 with forward_context():
                     logits = network(batch.images)

@@ -3,29 +3,27 @@
 import copy
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
 from imagenet_swa.averaging import WeightAverage, capture_weights
 from imagenet_swa.batchnorm import mean_over_ranks, recompute_statistics
 from imagenet_swa.checkpoint import Checkpoints, Snapshot, load_snapshot, save_weights
-from imagenet_swa.config import Config, InputError, Preprocessing, to_plain
-from imagenet_swa.data.imagenet import NUM_VAL, published_top1
-from imagenet_swa.data.index import ImageIndex
-from imagenet_swa.data.loaders import Loaders, build_indices, build_loaders
-from imagenet_swa.data.sampling import evaluation_batches, statistics_batches
+from imagenet_swa.config import Config, InputError, to_plain
+from imagenet_swa.data.sampling import statistics_batches
 from imagenet_swa.engine import Plan, make_plan, train_one_epoch
-from imagenet_swa.evaluate import Evaluation, evaluate
-from imagenet_swa.models import Weights, batchnorm_layers, load_pretrained, load_weights, resolve_preprocessing
+from imagenet_swa.models import Weights, batchnorm_layers, load_weights
 from imagenet_swa.optim import load_momentum_buffers, make_sgd, momentum_buffers
 from imagenet_swa.records import Records, write_atomically
 from imagenet_swa.report import write_report
-from imagenet_swa.runtime import Runtime, environment_record, start_runtime
+from imagenet_swa.runtime import Runtime, environment_record
+from imagenet_swa.session import Session, compare_with_published
 
 
 def finetune(config: Config) -> Path:
@@ -39,59 +37,6 @@ def finetune(config: Config) -> Path:
         run.save_checkpoint()
         run.evaluate_what_is_due()
     return run.finish()
-
-
-@dataclass
-class Session:
-    """What every command needs that runs a network on images."""
-
-    config: Config
-    runtime: Runtime
-    indices: tuple[ImageIndex, ImageIndex]
-    network: nn.Module
-    preprocessing: Preprocessing
-    loaders: Loaders
-
-    @classmethod
-    def open(cls, config: Config) -> "Session":
-        """Processes, images and the pretrained network (in host memory), in the order in which bad input is cheapest."""
-        runtime = start_runtime(config)
-        indices = build_indices(config)
-        runtime.seed(config.seed)
-        with runtime.local_main_first():
-            network = load_pretrained(config.model)
-        preprocessing = resolve_preprocessing(config.model, config.preprocessing, network)
-        return cls(config, runtime, indices, network, preprocessing, build_loaders(config, indices, preprocessing, runtime))
-
-    def network_with(self, weights: Weights) -> nn.Module:
-        """A fresh network on the device: one that Accelerate prepared would run in training's arithmetic."""
-        network = copy.deepcopy(self.network)
-        load_weights(network, weights, "the average")
-        return self.placed(network)
-
-    def placed(self, network: nn.Module) -> nn.Module:
-        """The network on the device in the configured memory order."""
-        order = torch.channels_last if self.config.speed.channels_last else torch.preserve_format
-        return network.to(self.runtime.device).to(memory_format=order)
-
-    def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, Evaluation]:
-        """All networks in one pass over the validation images."""
-        index = self.loaders.val.index
-        batches = evaluation_batches(
-            len(index),
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            batch_size=self.config.evaluation.batch_size,
-        )
-        return evaluate(
-            networks,
-            self.loaders.val.evaluation_stream(batches),
-            index.labels,
-            num_classes=self.config.model.num_classes,
-            device=self.runtime.device,
-            sum_over_ranks=self.runtime.sum,
-            forward_context=lambda: self.runtime.autocast(self.config.evaluation.precision),
-        )
 
 
 class Run:
@@ -136,7 +81,7 @@ class Run:
         """The network to train: bare, as prepared by Accelerate, and its optimizer."""
         network = self.session.placed(copy.deepcopy(self.session.network))
         if self.config.model.sync_batchnorm:
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+            network = convert_sync_batchnorm(network)  # timm's, which keeps the activations of its fused layers
         optimizer = make_sgd(network, self.config.optimizer, fused=self.config.speed.fused_optimizer)
         if self.config.speed.compile:
             network.compile()  # in place: parameter names stay as they are
@@ -291,7 +236,7 @@ class Run:
         start = time.perf_counter()
         with self.records.progress("BatchNorm statistics", len(batches)) as ticker:
 
-            def images():  # noqa: ANN202
+            def images() -> Iterator[torch.Tensor]:
                 for batch in loader.training_stream(batches, epoch=self.epoch):
                     yield batch.images
                     ticker.advance()
@@ -354,25 +299,6 @@ class Run:
     def num_val(self) -> int:
         """Number of validation images."""
         return len(self.session.indices[1])
-
-
-def evaluate_network(config: Config) -> Evaluation:
-    """The configured network as it starts, on the validation images: the baseline of a run, or any weights file."""
-    session = Session.open(config)
-    network = session.placed(session.network)
-    return session.evaluate({"network": network})["network"]
-
-
-def compare_with_published(config: Config, preprocessing: Preprocessing, top1: float, num_images: int) -> str:
-    """A sentence on how a measured baseline relates to the published figure."""
-    published = published_top1(config.model.library, config.model.name, preprocessing.interpolation)
-    if published is None or config.model.weights is not None or num_images != NUM_VAL:
-        return f"  baseline: {100 * top1:.2f} % measured in this pipeline; gains are relative to it"
-    difference = 100 * (top1 - published)
-    verdict = (
-        "agrees" if abs(difference) <= 0.1 else "DIFFERS: check class order, preprocessing and weights before trusting gains"
-    )
-    return f"  baseline: {100 * top1:.2f} % measured, {100 * published:.2f} % published: {difference:+.2f} points, {verdict}"
 
 
 def _claim_folder(config: Config, runtime: Runtime) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,24 +27,24 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def create_network(model: ModelConfig) -> nn.Module:
-    """The architecture with random weights.
+    """The architecture with random weights, and timm's data config of the weights that the name's tag stands for.
 
     Raises:
-        InputError: the library knows no such architecture, or it does not take the arguments.
+        InputError: the library knows no such architecture or weights, or it does not take the arguments.
     """
-    architecture = model.name.partition(".")[0]
+    architecture, _, tag = model.name.partition(".")
     known = timm.list_models() if model.library == "timm" else torchvision.models.list_models(module=torchvision.models)
     if architecture not in known:
         raise InputError(f"{model.library} has no network {architecture!r}{_nearest(architecture, known)}")
-    create = timm.create_model if model.library == "timm" else torchvision.models.get_model
-    if model.library == "torchvision":
-        # Otherwise a dozen networks warn about how they initialise weights that are replaced at once.
-        defaults = {"init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
-    else:
-        defaults = {"pretrained": False}
+    if tag:
+        _check_pretrained_name(model)
     try:
-        return create(architecture, num_classes=model.num_classes, **defaults, **model.kwargs)
-    except (TypeError, ValueError) as error:
+        if model.library == "timm":
+            return timm.create_model(model.name, pretrained=False, num_classes=model.num_classes, **model.kwargs)
+        # Otherwise these two warn about how they initialise weights that are replaced at once.
+        defaults = {"init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
+        return torchvision.models.get_model(architecture, num_classes=model.num_classes, **defaults, **model.kwargs)
+    except Exception as error:  # constructors raise whatever they run into
         raise InputError(f"{model.library} cannot build {architecture} with {model.kwargs}: {_first_line(error)}") from None
 
 
@@ -53,37 +54,28 @@ def load_pretrained(model: ModelConfig) -> nn.Module:
     Raises:
         InputError: ambiguous or unknown weights, a file that cannot be read or does not fit, or no way to download.
     """
+    network = create_network(model)  # wrong names and arguments come to light before any download
     if model.weights is not None:
-        network = create_network(model)
-        load_weights(network, read_weights(model.weights), str(model.weights))
+        load_weights(network, _as_written_today(read_weights(model.weights), network), str(model.weights))
         return network
     if not model.pretrained:
-        return create_network(model)
+        return network
+    _check_pretrained_name(model)
     return _from_timm(model) if model.library == "timm" else _from_torchvision(model)
 
 
 def _from_timm(model: ModelConfig) -> nn.Module:
-    architecture, _, tag = model.name.partition(".")
-    choices = timm.list_pretrained(f"{architecture}.*")
-    if not tag or model.name not in choices:
-        raise InputError(_wanted_one_of("timm", model.name, choices))
-    create_network(ModelConfig(**{**vars(model), "name": architecture}))  # wrong arguments, before any download
     try:
         return timm.create_model(model.name, pretrained=True, num_classes=model.num_classes, **model.kwargs)
     except Exception as error:  # each download library raises its own
         cfg = timm.get_pretrained_cfg(model.name)
         source = f"model.safetensors of {cfg.hf_hub_id} on the Hugging Face Hub" if cfg and cfg.hf_hub_id else "its file"
-        raise InputError(_cannot_download(model, architecture, source, "HF_HOME", error)) from None
+        raise InputError(_cannot_download(model, source, "HF_HOME", error)) from None
 
 
 def _from_torchvision(model: ModelConfig) -> nn.Module:
     architecture, _, tag = model.name.partition(".")
-    create_network(ModelConfig(**{**vars(model), "name": architecture}))
-    enum = torchvision.models.get_model_weights(architecture)
-    choices = [f"{architecture}.{member.name}" for member in enum]
-    if model.name not in choices:  # DEFAULT is an alias, no member: it would be V2 for some networks
-        raise InputError(_wanted_one_of("torchvision", model.name, choices))
-    weights = enum[tag]
+    weights = torchvision.models.get_model_weights(architecture)[tag]
     if len(weights.meta["categories"]) != model.num_classes:
         raise InputError(
             f"{model.name} has {len(weights.meta['categories'])} classes, model.num_classes is {model.num_classes}; "
@@ -91,22 +83,35 @@ def _from_torchvision(model: ModelConfig) -> nn.Module:
         )
     try:
         return torchvision.models.get_model(architecture, weights=weights, **model.kwargs)
-    except OSError as error:  # urllib's URLError is one
-        raise InputError(_cannot_download(model, architecture, weights.url, "TORCH_HOME", error)) from None
+    except (OSError, RuntimeError) as error:  # no network (urllib's URLError is an OSError), or a damaged file in the cache
+        raise InputError(_cannot_download(model, weights.url, "TORCH_HOME", error)) from None
 
 
-def _wanted_one_of(library: str, name: str, choices: list[str]) -> str:
+def _check_pretrained_name(model: ModelConfig) -> None:
+    """Raise InputError unless the name says which weights. torchvision's DEFAULT does not: it is V2 for some networks."""
+    architecture = model.name.partition(".")[0]
+    if model.library == "timm":
+        choices = timm.list_pretrained(f"{architecture}.*")
+    else:
+        choices = [f"{architecture}.{member.name}" for member in torchvision.models.get_model_weights(architecture)]
+    if model.name in choices:
+        return
     if not choices:
-        return f"{library} has no pretrained weights for {name!r}; set model.weights to a file or model.pretrained to false"
-    kind = "is ambiguous: it does not say which weights" if "." not in name or name.endswith(".DEFAULT") else "is unknown"
-    return f"model.name {name!r} {kind}; wanted one of {', '.join(choices)}"
+        raise InputError(
+            f"{model.library} has no pretrained weights for {model.name!r}; set model.name to {architecture}, and "
+            "model.weights to a file or model.pretrained to false"
+        )
+    kind = "is unknown"
+    if model.name in (architecture, f"{architecture}.DEFAULT"):
+        kind = "is ambiguous: it does not say which weights"
+    raise InputError(f"model.name {model.name!r} {kind}; wanted one of {', '.join(choices)}")
 
 
-def _cannot_download(model: ModelConfig, architecture: str, source: str, cache: str, error: Exception) -> str:
+def _cannot_download(model: ModelConfig, source: str, cache: str, error: Exception) -> str:
     return (
-        f"the weights {model.name} are not in the cache and could not be downloaded ({type(error).__name__}); missing: {source}. "
-        f"Where there is a network, download it; then pass --model.name {architecture} --model.weights FILE, "
-        f"or copy the cache folder and set {cache}"
+        f"the weights {model.name} are not in the cache, or damaged there, and could not be downloaded ({type(error).__name__}); "
+        f"missing: {source}. Where there is a network, download it; then pass --model.weights FILE beside --model.name "
+        f"{model.name}, or copy the cache folder and set {cache}"
     )
 
 
@@ -146,6 +151,15 @@ def read_weights(path: Path) -> Weights:
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise InputError(f"{path} holds no dict of tensors; save network.state_dict()")
     return {canonical_name(name): tensor for name, tensor in loaded.items()}
+
+
+def _as_written_today(weights: Weights, network: nn.Module) -> Weights:
+    """What the libraries' own loaders mend in their oldest files: torchvision's DenseNets from before PyTorch 0.4 have
+    `norm.1` for `norm1`, and files of that time lack BatchNorm's counters, which start at zero.
+    """
+    dotted = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
+    counters = {name: tensor for name, tensor in network.state_dict().items() if name.endswith("num_batches_tracked")}
+    return counters | {dotted.sub(r"\1\2.", name): tensor for name, tensor in weights.items()}
 
 
 def canonical_name(name: str) -> str:

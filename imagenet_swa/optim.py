@@ -39,7 +39,10 @@ def momentum_buffers(network: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def load_momentum_buffers(network: nn.Module, optimizer: torch.optim.Optimizer, buffers: dict[str, torch.Tensor]) -> None:
-    """Put back what `momentum_buffers` gave, on each parameter's device."""
+    """Put back what `momentum_buffers` gave, on each parameter's device and in its memory order.
+
+    The fused kernel on CPUs walks parameter and momentum as flat memory: another order there means wrong pairs.
+    """
     for name, parameter in network.named_parameters():
         if name in buffers:
-            optimizer.state[parameter]["momentum_buffer"] = buffers[name].to(parameter.device).clone()
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(buffers[name])

@@ -1,6 +1,7 @@
 """What a run writes down while it runs: metrics.jsonl, train.log, the terminal, trackers. Main process only."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -33,8 +34,7 @@ class Records:
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         self._folder = folder
         self._runtime = runtime
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar: Progress | None = None
+        self._console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """A line on the terminal and, with the time, in train.log."""
@@ -43,9 +43,13 @@ class Records:
             self._append("train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
     def log(self, kind: str, *, step: int, **values: Any) -> None:
-        """A line of metrics.jsonl: the kind of line, the step, and the values; numbers go to the trackers too."""
+        """A line of metrics.jsonl: the kind of line, the step, and the values, null for one that is not finite; numbers go to
+        the trackers too.
+        """
         if self._runtime.is_main:
-            self._append("metrics.jsonl", json.dumps({"kind": kind, "step": step, **values}))
+            # JSON has no infinity and no NaN.
+            sayable = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self._append("metrics.jsonl", json.dumps({"kind": kind, "step": step, **sayable}))
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         self._runtime.accelerator.log(numbers, step=step)
 

@@ -1,6 +1,7 @@
 """Finished or running runs -> result table beside the paper's, trajectory plot, Markdown. Reads files only."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -43,18 +44,25 @@ def load_run(folder: Path) -> RunFiles:
     Raises:
         InputError: it holds no run, or nothing was evaluated yet.
     """
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        environment = json.loads((folder / "environment.json").read_text())
-        results = json.loads((folder / "results.json").read_text())
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} holds no evaluated run: {error.filename} is missing") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{folder} cannot be read: {error}") from None
+    config = _read(folder / "config.yaml", yaml.safe_load)
+    environment = _read(folder / "environment.json", json.loads)
+    results = _read(folder / "results.json", json.loads)
     metrics_file = folder / "metrics.jsonl"
     lines = metrics_file.read_text().splitlines() if metrics_file.exists() else []
     metrics = [line for line in map(_parse_line, lines) if line is not None]
     return RunFiles(folder, config, environment, results, metrics)
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        content = parse(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} holds no evaluated run: {path} is missing") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not content:
+        raise InputError(f"{path.parent} holds no evaluated run: {path} is empty")
+    return content
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:
@@ -188,9 +196,11 @@ def compare_runs(runs: list[RunFiles]) -> list[tuple[str, ...]]:
     """A row per run with final top-1 in per cent, cells as in `RUN_COLUMNS`, and a last row mean ± standard deviation."""
     rows, numbers = [], []
     for run in runs:
-        results = [run.result(name) for name in TITLES]
+        last_epoch = run.config["swa"]["num_epochs"]
+        results = [run.result(name, 0 if name == "pretrained" else last_epoch) for name in TITLES]
         if any(result is None for result in results):
-            raise InputError(f"{run.folder} is not finished; wanted a result for each of {', '.join(TITLES.values())}")
+            wanted = f"wanted a result after epoch {last_epoch} for each of {', '.join(TITLES.values())}"
+            raise InputError(f"{run.folder} is not finished; {wanted}")
         top1 = [100 * result["top1"] for result in results if result is not None]
         numbers.append([*top1, top1[2] - top1[1]])
         cells = [f"{value:.2f}" for value in top1] + [f"{top1[2] - top1[1]:+.2f}"]

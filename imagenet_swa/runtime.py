@@ -1,10 +1,12 @@
 """Processes, devices and random numbers of a run; the record of the environment it ran in."""
 
+import hashlib
 import os
 import platform
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,10 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import broadcast_object_list
 
 from imagenet_swa.config import Config, InputError
@@ -59,9 +61,17 @@ class Runtime:
 
     @contextmanager
     def local_main_first(self) -> Iterator[None]:
-        """One process of each machine goes first, the others find what it left in the cache."""
-        with self.accelerator.local_main_process_first():
+        """One process of each machine goes first, the others find what it left in the cache.
+
+        They also go when it failed, to find the same error: waiting for a process that has ended is an error of its own.
+        """
+        if self.local_rank > 0:
+            self.barrier()
+        try:
             yield
+        finally:
+            if self.local_rank == 0:
+                self.barrier()
 
     def autocast(self, precision: str) -> AbstractContextManager[object]:
         """The named arithmetic, "fp32", "bf16" or "fp16", for a forward pass without gradients."""
@@ -71,8 +81,9 @@ class Runtime:
 
     def seed(self, *key: int) -> None:
         """Seed what networks draw themselves (dropout) by a key and the rank: nothing to save, nothing to restore."""
-        words = np.random.SeedSequence([*key, self.rank]).generate_state(2, np.uint32)
-        torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+        # Not numpy's SeedSequence, which takes (key) and (key, 0) for the same.
+        digest = hashlib.sha256(repr((self.rank, *map(int, key))).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8]))
 
 
 def start_runtime(config: Config) -> Runtime:
@@ -85,6 +96,8 @@ def start_runtime(config: Config) -> Runtime:
     check_precision(config, on_gpu=on_gpu)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.speed.tf32
     torch.backends.cudnn.benchmark = on_gpu
+    # torch 2.14 has another name for it, which torch 2.10 does not know and Accelerate does not pass on.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     # Without a GPU, Accelerate has to be told, or N processes become N runs that overwrite each other.
     accelerator = Accelerator(
         cpu=not on_gpu,
@@ -111,12 +124,13 @@ def start_runtime(config: Config) -> Runtime:
 
 def check_precision(config: Config, *, on_gpu: bool) -> None:
     """Raise InputError where the device cannot do what the configuration asks for."""
-    if not on_gpu and "fp16" in (config.speed.precision, config.evaluation.precision):
+    precisions = (config.speed.precision, config.evaluation.precision)
+    if not on_gpu and "fp16" in precisions:
         raise InputError("fp16 needs a GPU and none was found; use bf16 or fp32")
     if not on_gpu and config.model.sync_batchnorm:
         raise InputError("model.sync_batchnorm needs GPUs and none was found; set it to false")
-    if on_gpu and config.speed.precision == "bf16" and not torch.cuda.is_bf16_supported():
-        raise InputError("this GPU has no bf16; set speed.precision to fp16 or fp32")
+    if on_gpu and "bf16" in precisions and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError("this GPU has no bf16; set speed.precision and evaluation.precision to fp16 or fp32")
 
 
 # ------------------------------------------------------------------------------------- were all processes started?
@@ -126,9 +140,9 @@ def check_num_processes(num_processes: int, asked_for: int | None) -> None:
     """Raise InputError where a launcher silently started another number of processes than it was asked for."""
     if asked_for is not None and asked_for != num_processes:
         raise InputError(
-            f"{asked_for} processes were asked for, but this run has {num_processes}. Without GPUs, `accelerate launch --cpu` "
-            f"starts one process whatever --num_processes says: use launch/single_node.sh --num_processes {asked_for}, "
-            f"or `accelerate launch --multi_gpu --num_processes {asked_for}`, which also works on CPUs"
+            f"{asked_for} processes were asked for, but this run has {num_processes}: `accelerate launch --cpu` starts one "
+            "whatever --num_processes says, srun alone starts runs that do not know of each other, several machines want a "
+            "number that divides over them; use launch/single_node.sh, launch/multi_node.sh or launch/slurm.sbatch"
         )
 
 
@@ -138,7 +152,7 @@ def processes_asked_for(environment: Mapping[str, str], launcher: Sequence[str])
     `accelerate launch --cpu --num_processes 2` starts one process and tells it nothing of the 2, which therefore have to
     be read from the launcher's command line; 3 processes on 2 machines become 2. None where nobody asked for a number.
     """
-    if any("accelerate" in word for word in launcher[:3]) and (number := _in_accelerate_flags(launcher)):
+    if any(Path(word).name.startswith("accelerate") for word in launcher[:3]) and (number := _in_accelerate_flags(launcher)):
         return number
     if "WORLD_SIZE" in environment:
         return int(environment["WORLD_SIZE"])
@@ -151,11 +165,12 @@ def _in_accelerate_flags(launcher: Sequence[str]) -> int | None:
     for name in ("--num_processes", "--num-processes"):
         if flags.get(name, "").isdigit():
             return int(flags[name])
-    config_file = Path(flags.get("--config_file", ""))
-    if config_file.is_file():
-        settings = yaml.safe_load(config_file.read_text())
-        return settings.get("num_processes") if isinstance(settings, dict) else None
-    return None
+    # Without the flag, what `accelerate config` once wrote into the user's home.
+    config_file = Path(flags.get("--config_file", default_config_file))
+    if not config_file.is_file() or ("--cpu" in launcher and "--config_file" not in flags):
+        return None
+    settings = yaml.safe_load(config_file.read_text())
+    return settings.get("num_processes") if isinstance(settings, dict) else None
 
 
 def _parent_command() -> list[str]:

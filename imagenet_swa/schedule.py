@@ -11,16 +11,14 @@ def cyclical_lr(step: int, *, cycle_steps: int, lr_max: float, lr_min: float) ->
         step: finished updates, 0 for the first.
         cycle_steps: c, updates per cycle.
     """
-    _check_step(step)
-    if cycle_steps < 1:
-        raise ValueError(f"cycle_steps must be at least 1, got {cycle_steps}")
+    _check(step, cycle_steps)
     t = (step % cycle_steps + 1) / cycle_steps
     return (1 - t) * lr_max + t * lr_min
 
 
 def constant_lr(step: int, *, lr_max: float) -> float:
     """`lr_max` at every step. The cyclical formula with c = 1 would give `lr_min` throughout, so this is its own rule."""
-    _check_step(step)
+    _check(step)
     return lr_max
 
 
@@ -35,10 +33,12 @@ def learning_rate(step: int, *, schedule: str, cycle_steps: int, lr_max: float, 
 
 def is_capture(step: int, *, cycle_steps: int) -> bool:
     """Whether the weights after `step` finished updates go into the average: mod(i, c) = 0 (Alg. 1)."""
-    _check_step(step)
+    _check(step, cycle_steps)
     return step > 0 and step % cycle_steps == 0
 
 
-def _check_step(step: int) -> None:
+def _check(step: int, cycle_steps: int = 1) -> None:
     if step < 0:
         raise ValueError(f"step counts finished updates and cannot be negative, got {step}")
+    if cycle_steps < 1:
+        raise ValueError(f"cycle_steps must be at least 1, got {cycle_steps}")

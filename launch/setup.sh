@@ -5,6 +5,7 @@
 
 setup() {
     local extras=$1 python=${PYTHON:-python3} stamp
+    # shellcheck disable=SC2154  # the script that sources this file sets it
     stamp="$project/.venv/.installed-$extras"
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         echo "setup: wanted Python 3.11 or newer, got '$("$python" --version 2>&1)'; set PYTHON to a newer interpreter" >&2
@@ -18,11 +19,11 @@ setup() {
         "$python" -m venv "$project/.venv" || return
     fi
     python="$project/.venv/bin/python"
-    "$python" -m pip install --quiet --disable-pip-version-check --editable "$project[$extras]" || return
+    "$python" -m pip install --quiet --disable-pip-version-check --editable "${project}[$extras]" || return
     # DALI has one wheel per CUDA major version.
     local cuda
     cuda=$("$python" -c 'import torch; print((torch.version.cuda or "13").split(".")[0])') || return
-    if ! "$python" -m pip install --quiet --disable-pip-version-check --editable "$project[dali-cuda$cuda]"; then
+    if ! "$python" -m pip install --quiet --disable-pip-version-check --editable "${project}[dali-cuda$cuda]"; then
         echo "setup: no DALI for this platform; going on with the torchvision loader" >&2
     fi
     cp "$project/pyproject.toml" "$stamp"

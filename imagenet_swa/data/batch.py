@@ -49,6 +49,11 @@ class BadImageError(InputError):
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"cannot decode the image {path}: {reason}; repair it, or take it out of the folder or list")
+        self._arguments = path, reason
+
+    def __reduce__(self) -> tuple[type["BadImageError"], tuple[str, str]]:
+        """Decoding processes send it to the training process; exceptions alone remember only their message."""
+        return type(self), self._arguments
 
 
 def labels_on(device: torch.device, labels: NDArray[np.int64]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from imagenet_swa.config import InputError
 from imagenet_swa.data import imagenet
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def _make(root: Path, paths: list[bytes], labels: list[int], classes: tuple[str,
 def index_folder(root: Path) -> ImageIndex:
     """A folder with one sub-folder per class, read by torchvision's ImageFolder rules.
 
-    Classes are the sorted names of the sub-folders; images lie at any depth below them, in sorted order.
+    Classes are the sorted names of the sub-folders; images lie at any depth below them, sorted by folder, then by name.
 
     Raises:
         InputError: no such folder, no class folders, or a class without images.
@@ -75,10 +75,10 @@ def index_folder(root: Path) -> ImageIndex:
 
 def _images_below(root: Path, class_name: str) -> list[bytes]:
     found = []
-    for folder, _, names in os.walk(root / class_name, followlinks=True):
+    for folder, _, names in sorted(os.walk(root / class_name, followlinks=True)):
         inside = os.path.relpath(folder, root)
-        found += [os.path.join(inside, name) for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
-    return [os.fsencode(path) for path in sorted(found)]
+        found += [os.path.join(inside, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
+    return [os.fsencode(path) for path in found]
 
 
 def index_list(list_file: Path, root: Path, num_classes: int) -> ImageIndex:
@@ -98,9 +98,9 @@ def index_list(list_file: Path, root: Path, num_classes: int) -> ImageIndex:
             continue
         path, _, label = line.strip().rpartition(b" ")
         if not path or not label.isdigit():
-            raise InputError(f"{list_file}:{number}: wanted `path label`, got {os.fsdecode(line)!r}")
-        if int(label) >= num_classes:
-            raise InputError(f"{list_file}:{number}: label {int(label)} is not in 0..{num_classes - 1} (model.num_classes)")
+            raise InputError(f"{list_file}:{number}: wanted `path label`, got {_start_of(line)}")
+        if len(label) > 9 or int(label) >= num_classes:
+            raise InputError(f"{list_file}:{number}: label {_start_of(label)} is not in 0..{num_classes - 1} (model.num_classes)")
         paths.append(path.strip())
         labels.append(int(label))
     if not paths:
@@ -110,6 +110,11 @@ def index_list(list_file: Path, root: Path, num_classes: int) -> ImageIndex:
         if not os.path.isfile(index.path(position)):
             raise InputError(f"{list_file} names {index.path(position)}, which is not there; its paths start from {root}")
     return index
+
+
+def _start_of(text: bytes) -> str:
+    """Text from a file that may be no list at all, short enough for a message."""
+    return repr(os.fsdecode(text[:60])) + ("..." if len(text) > 60 else "")
 
 
 def check_classes(index: ImageIndex, split: str, num_classes: int) -> None:
@@ -124,20 +129,20 @@ def check_classes(index: ImageIndex, split: str, num_classes: int) -> None:
     if index.classes is None:
         return
     way_out = f"give data.{split}_list, a file of `path label` lines with the network's own labels"
+    known = set(imagenet.synsets())
     if len(index.classes) != num_classes:
-        known = set(imagenet.synsets())
         subset = f", a subset of ImageNet's {len(known)}" if set(index.classes) < known else ""
         raise InputError(
             f"{index.root} has {len(index.classes)} class folders{subset}, but the network has {num_classes} outputs: numbering "
             f"the folders 0..{len(index.classes) - 1} would give wrong labels; {way_out}, or set model.num_classes"
         )
-    if all(name.isdigit() for name in index.classes) and [int(name) for name in index.classes] != list(range(num_classes)):
+    if all(name.isdecimal() for name in index.classes) and [int(name) for name in index.classes] != list(range(num_classes)):
         raise InputError(
             f"{index.root}: folders named by numbers sort as text ({', '.join(index.classes[:3])}, ...), not by value; {way_out}"
         )
-    looks_like_imagenet = num_classes == imagenet.NUM_CLASSES and index.classes[0].startswith("n0")
+    looks_like_imagenet = num_classes == imagenet.NUM_CLASSES and not known.isdisjoint(index.classes)
     if looks_like_imagenet and index.classes != imagenet.synsets():
-        strange = sorted(set(index.classes) - set(imagenet.synsets()))
+        strange = sorted(set(index.classes) - known)
         raise InputError(f"{index.root}: class folder {strange[0]!r} is not one of ImageNet-1k's synsets; {way_out}")
 
 

@@ -16,6 +16,7 @@ from imagenet_swa.data.sampling import Indices, crop_windows, draw_crops
 
 Mode = Literal["train", "evaluation"]
 F: Any = functional  # annotated for tensors, also takes PIL images
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")  # what DALI reads too, whatever a file's name says
 
 
 class TorchvisionLoader:
@@ -58,6 +59,7 @@ class TorchvisionLoader:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch if self._num_workers else None,
             pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # else each stream would draw from the numbers that dropout comes from
         )
         for result, indices in zip(decoded, batches, strict=True):
             if isinstance(result, BadImageError):
@@ -88,7 +90,7 @@ class _Decoded(Dataset[torch.Tensor | BadImageError]):
         for i in self._batches[number]:
             path = self._index.path(i)
             try:
-                with Image.open(path) as file:
+                with Image.open(path, formats=FORMATS) as file:
                     image = file.convert("RGB")
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 return BadImageError(path, str(error).replace(repr(path), "the file"))

@@ -1,0 +1,88 @@
+"""Processes, images, network and loaders: what every command needs that runs a network on images."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from imagenet_swa.config import Config, Preprocessing
+from imagenet_swa.data.imagenet import NUM_VAL, published_top1
+from imagenet_swa.data.index import ImageIndex
+from imagenet_swa.data.loaders import Loaders, build_indices, build_loaders
+from imagenet_swa.data.sampling import evaluation_batches
+from imagenet_swa.evaluate import Evaluation, evaluate
+from imagenet_swa.models import Weights, load_pretrained, load_weights, resolve_preprocessing
+from imagenet_swa.runtime import Runtime, start_runtime
+
+
+@dataclass
+class Session:
+    """What every command needs that runs a network on images."""
+
+    config: Config
+    runtime: Runtime
+    indices: tuple[ImageIndex, ImageIndex]
+    network: nn.Module
+    preprocessing: Preprocessing
+    loaders: Loaders
+
+    @classmethod
+    def open(cls, config: Config) -> "Session":
+        """Processes, images and the pretrained network (in host memory), in the order in which bad input is cheapest."""
+        runtime = start_runtime(config)
+        indices = build_indices(config)
+        torch.manual_seed(config.seed)  # random weights are the same on every rank, as the averages of all ranks must be
+        with runtime.local_main_first():
+            network = load_pretrained(config.model)
+        preprocessing = resolve_preprocessing(config.model, config.preprocessing, network)
+        return cls(config, runtime, indices, network, preprocessing, build_loaders(config, indices, preprocessing, runtime))
+
+    def network_with(self, weights: Weights) -> nn.Module:
+        """A fresh network on the device: one that Accelerate prepared would run in training's arithmetic."""
+        network = copy.deepcopy(self.network)
+        load_weights(network, weights, "the average")
+        return self.placed(network)
+
+    def placed(self, network: nn.Module) -> nn.Module:
+        """The network on the device in the configured memory order."""
+        order = torch.channels_last if self.config.speed.channels_last else torch.preserve_format
+        return network.to(self.runtime.device).to(memory_format=order)
+
+    def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, Evaluation]:
+        """All networks in one pass over the validation images."""
+        index = self.loaders.val.index
+        batches = evaluation_batches(
+            len(index),
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            batch_size=self.config.evaluation.batch_size,
+        )
+        return evaluate(
+            networks,
+            self.loaders.val.evaluation_stream(batches),
+            index.labels,
+            num_classes=self.config.model.num_classes,
+            device=self.runtime.device,
+            sum_over_ranks=self.runtime.sum,
+            forward_context=lambda: self.runtime.autocast(self.config.evaluation.precision),
+        )
+
+
+def evaluate_network(config: Config) -> Evaluation:
+    """The configured network as it starts, on the validation images: the baseline of a run, or any weights file."""
+    session = Session.open(config)
+    network = session.placed(session.network)
+    return session.evaluate({"network": network})["network"]
+
+
+def compare_with_published(config: Config, preprocessing: Preprocessing, top1: float, num_images: int) -> str:
+    """A sentence on how a measured baseline relates to the published figure."""
+    published = published_top1(config.model.library, config.model.name, preprocessing.interpolation)
+    if published is None or config.model.weights is not None or num_images != NUM_VAL:
+        return f"  baseline: {100 * top1:.2f} % measured in this pipeline; gains are relative to it"
+    difference = 100 * (top1 - published)
+    verdict = (
+        "agrees" if abs(difference) <= 0.1 else "DIFFERS: check class order, preprocessing and weights before trusting gains"
+    )
+    return f"  baseline: {100 * top1:.2f} % measured, {100 * published:.2f} % published: {difference:+.2f} points, {verdict}"

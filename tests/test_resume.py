@@ -1,0 +1,386 @@
+"""An interrupted run that is started again ends as if nothing had happened, or says in one line why it cannot go on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import PROJECT, QUICK_RUN
+from PIL import Image
+from safetensors.torch import load_file
+
+from imagenet_swa import finetune as finetune_module
+from imagenet_swa.cli import parse_config
+from imagenet_swa.config import InputError
+from imagenet_swa.finetune import Run, finetune
+
+DROPOUT = ("--model.kwargs.drop_rate=0.3", "--model.kwargs.drop_path_rate=0.1")
+
+
+class PowerCut(Exception):
+    """The machine goes down."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in the processes that these tests start: sums over threads differ from sums in order in the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(output: Path, *flags: str) -> Path:
+    """Run with these flags on top of QUICK_RUN's and dropout; returns the run folder."""
+    finetune(parse_config([*QUICK_RUN, *DROPOUT, f"--output={output}", *flags], "imagenet-swa train", ""))
+    return output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return train(tmp_path_factory.mktemp("uninterrupted") / "run")
+
+
+def at_epoch(epoch: int, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the power when `method` of Run is called with this many finished epochs."""
+    original: Callable[..., Any] = getattr(Run, method)
+
+    def cut(self: Run, *arguments: Any) -> Any:
+        if self.epoch == epoch:
+            raise PowerCut
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Run, method, cut)
+
+
+def interrupted(output: Path, epoch: int, method: str, *flags: str) -> Path:
+    """A run folder as the power cut left it."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        at_epoch(epoch, method, monkeypatch)
+        with pytest.raises(PowerCut):
+            train(output, *flags)
+    return output
+
+
+def saved_by_epoch_2(tmp_path: Path, *flags: str) -> Path:
+    """A run folder with checkpoints of epochs 1 and 2, cut while epoch 3 is trained."""
+    return interrupted(tmp_path / "run", 2, "train_one_epoch", *flags)
+
+
+def assert_same_results(run: Path, wanted: Path) -> None:
+    """Every weight, prediction, result and train line is the same, to the last bit."""
+    kinds = ("captures/*.safetensors", "averages/*.safetensors", "swa.safetensors")
+    names = {str(path.relative_to(wanted)) for kind in kinds for path in wanted.glob(kind)}
+    assert names == {str(path.relative_to(run)) for kind in kinds for path in run.glob(kind)}
+    for name in names:
+        one, other = load_file(run / name), load_file(wanted / name)
+        assert one.keys() == other.keys()
+        for key in one:
+            assert torch.equal(one[key], other[key]), f"{key} in {name}"
+    for path in wanted.glob("predictions/*"):
+        assert pq.read_table(run / "predictions" / path.name) == pq.read_table(path), path.name
+    assert json.loads((run / "results.json").read_text()) == json.loads((wanted / "results.json").read_text())
+    assert train_lines(run) == train_lines(wanted)
+
+
+def train_lines(run: Path) -> list[dict[str, float]]:
+    """The train lines of metrics.jsonl without what depends on the machine's load."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: line[key] for key in ("step", "epoch", "lr", "loss")} for line in lines if line["kind"] == "train"]
+
+
+def trained_steps(run: Path) -> list[float]:
+    return [line["step"] for line in train_lines(run)]
+
+
+def log_of(run: Path) -> str:
+    return (run / "train.log").read_text()
+
+
+# -------------------------------------------------------------------------------------- the same end in any case
+
+
+@pytest.mark.parametrize(
+    ("epoch", "method"),
+    [
+        (0, "evaluate_what_is_due"),
+        (0, "train_one_epoch"),
+        (1, "save_checkpoint"),
+        (1, "evaluate_what_is_due"),
+        (2, "_recompute_batchnorm"),
+        (2, "_comment_on_results"),
+        (3, "train_one_epoch"),
+        (3, "capture"),
+        (4, "evaluate_what_is_due"),
+        (4, "finish"),
+    ],
+)
+def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, uninterrupted: Path, epoch: int, method: str):
+    """Wherever a run is cut, the same command ends with the very files of a run that was never cut, dropout included."""
+    run = interrupted(tmp_path / "run", epoch, method)
+    assert not (run / "report.md").exists()
+    train(run)
+    assert_same_results(run, uninterrupted)
+    assert (run / "report.md").exists()
+
+
+def test_cut_twice(tmp_path: Path, uninterrupted: Path):
+    """Two interruptions are no worse than one."""
+    run = interrupted(tmp_path / "run", 1, "train_one_epoch")
+    interrupted(run, 3, "train_one_epoch")
+    train(run)
+    assert_same_results(run, uninterrupted)
+
+
+def test_evaluation_cut_in_the_middle_is_repeated(tmp_path: Path, uninterrupted: Path):
+    """A report epoch whose evaluation was cut has no results of it; the resumed run makes them, and trains nothing again."""
+    run = interrupted(tmp_path / "run", 2, "_comment_on_results")
+    assert {result["epoch"] for result in json.loads((run / "results.json").read_text())} == {0, 1}
+    steps = trained_steps(run)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        at_epoch(2, "train_one_epoch", monkeypatch)  # evaluates what is due, then the power goes again
+        with pytest.raises(PowerCut):
+            train(run)
+    assert trained_steps(run) == steps
+    of_two_epochs = [result for result in json.loads((uninterrupted / "results.json").read_text()) if result["epoch"] <= 2]
+    assert json.loads((run / "results.json").read_text()) == of_two_epochs
+
+
+def test_resumed_run_trains_only_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After a checkpoint of epoch 2 of 4, two epochs are trained, the third and the fourth."""
+    run = saved_by_epoch_2(tmp_path)
+    epochs: list[int] = []
+    original = finetune_module.train_one_epoch
+
+    def counted(*arguments: Any, epoch: int, **settings: Any) -> None:
+        epochs.append(epoch)
+        original(*arguments, epoch=epoch, **settings)
+
+    monkeypatch.setattr(finetune_module, "train_one_epoch", counted)
+    train(run)
+    assert epochs == [2, 3]
+    assert "resuming after epoch 2" in log_of(run)
+
+
+def test_momentum_is_resumed(tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch):
+    """Momentum survives an interruption, and matters: a resume that forgets it ends elsewhere."""
+    run = saved_by_epoch_2(tmp_path)
+    monkeypatch.setattr(finetune_module, "load_momentum_buffers", lambda *_: None)
+    train(run)
+    with pytest.raises(AssertionError):
+        assert_same_results(run, uninterrupted)
+    assert torch.equal(
+        load_file(run / "captures/epoch-02.safetensors")["conv_stem.weight"],
+        load_file(uninterrupted / "captures/epoch-02.safetensors")["conv_stem.weight"],
+    )
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_resumed_run_on_images(tmp_path: Path, image_folder: Path, backend: str):
+    """With decoded JPEGs, random crops included, an interruption leaves no trace either."""
+    flags = on_images(image_folder, backend)
+    whole = train(tmp_path / "whole", *flags)
+    run = interrupted(tmp_path / "run", 1, "train_one_epoch", *flags)
+    train(run, *flags)
+    assert_same_results(run, whole)
+
+
+def on_images(folder: Path, backend: str) -> tuple[str, ...]:
+    return (
+        "--data.synthetic=false",
+        f"--data.train={folder / 'train'}",
+        f"--data.val={folder / 'val'}",
+        f"--data.backend={backend}",
+        "--data.num_workers=2" if backend == "dali" else "--data.num_workers=0",
+        "--model.num_classes=3",
+        "--global_batch_size=8",
+        "--swa.num_epochs=2",
+        "--swa.report_epochs=[]",
+    )
+
+
+def test_finished_run_started_again(tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch):
+    """A finished run that is started again trains and evaluates nothing, writes its report, and ends well."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "report.md").unlink()
+    (run / "swa.safetensors").unlink()
+    monkeypatch.setattr(finetune_module, "train_one_epoch", None)
+    monkeypatch.setattr(finetune_module, "recompute_statistics", None)
+    train(run)
+    assert_same_results(run, uninterrupted)
+    assert (run / "report.md").read_text() == (uninterrupted / "report.md").read_text()
+
+
+def test_a_killed_process_is_resumed(tmp_path: Path):
+    """A process killed with SIGKILL as soon as its second checkpoint is there is resumed to the end of a run never killed."""
+    # Small steps, so that there is time to kill it between two epochs.
+    flags = [*QUICK_RUN, *DROPOUT, "--data.synthetic_num_images=[480,40]", "--evaluation.captures=false"]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    command = [sys.executable, "-m", "imagenet_swa", "train", *flags, f"--output={run}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(run / "checkpoints" / "epoch-02", process)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (run / "report.md").exists()
+    finetune(parse_config([*flags, f"--output={run}"], "imagenet-swa train", ""))
+    finetune(parse_config([*flags, f"--output={whole}"], "imagenet-swa train", ""))
+    assert "resuming after epoch" in log_of(run)
+    assert_same_results(run, whole)
+
+
+def wait_for(path: Path, process: "subprocess.Popen[bytes]", seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, "the process ended by itself"
+        assert time.monotonic() < end, f"{path} did not appear within {seconds} s"
+        time.sleep(0.005)
+
+
+# ----------------------------------------------------------------------------------- what may change, what may not
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--swa.lr_max=0.04", r"swa.lr_max was 0.05, is 0.04"),
+        ("--seed=1", r"seed was 0, is 1"),
+        ("--global_batch_size=32", r"global_batch_size was 16, is 32"),
+        ("--model.kwargs.drop_rate=0.1", r"model.kwargs.drop_rate was 0.3, is 0.1"),
+        (
+            "--data.synthetic_num_images=[112,40]",
+            r"data.synthetic_num_images was \[96, 40\], is \[112, 40\]; training images was",
+        ),
+    ],
+)
+def test_other_settings_are_refused(tmp_path: Path, flag: str, named: str):
+    """A checkpoint does not go on under a setting that decides the result: one line names it, old and new, and the way out."""
+    run = saved_by_epoch_2(tmp_path)
+    names = ("config.yaml", "metrics.jsonl", "results.json", "environment.json")
+    before = [(run / name).read_bytes() for name in names]
+    with pytest.raises(InputError, match=rf"belongs to another run: .*{named}") as caught:
+        train(run, flag)
+    assert "choose another output" in str(caught.value) and "\n" not in str(caught.value)
+    assert [(run / name).read_bytes() for name in names] == before
+
+
+def test_other_images_are_refused(tmp_path: Path, image_folder: Path):
+    """A checkpoint does not go on with another list of images; the same images elsewhere are fine."""
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    run = interrupted(tmp_path / "run", 1, "train_one_epoch", *on_images(images, "torchvision"))
+    moved = images.rename(tmp_path / "elsewhere")
+    extra = moved / "val/bee/new.JPEG"
+    Image.new("RGB", (50, 50)).save(extra)
+    with pytest.raises(InputError, match=r"belongs to another run: validation images was \w{64}, is \w{64};"):
+        train(run, *on_images(moved, "torchvision"))
+    extra.unlink()
+    train(run, *on_images(moved, "torchvision"))
+    assert (run / "report.md").exists()
+
+
+def test_settings_that_may_change(tmp_path: Path, uninterrupted: Path):
+    """What does not decide the weights may change on the way: logging, evaluation, how many checkpoints stay."""
+    run = saved_by_epoch_2(tmp_path)
+    train(run, "--log_every=3", "--evaluation.batch_size=7", "--checkpoints_to_keep=1", "--data.prefetch=3")
+    one, other = load_file(run / "captures/epoch-04.safetensors"), load_file(uninterrupted / "captures/epoch-04.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch-04"]
+
+
+def test_never_resume(tmp_path: Path):
+    """`resume: never` leaves a folder with a run alone."""
+    run = saved_by_epoch_2(tmp_path)
+    with pytest.raises(InputError, match="already holds a run and resume is never; choose another output, or resume auto"):
+        train(run, "--resume=never")
+    assert "resuming" not in log_of(run)
+
+
+# -------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("weights.safetensors", flip_a_byte, "weights.safetensors is not as it was written"),
+        ("momentum.safetensors", truncate, "momentum.safetensors is not as it was written"),
+        ("average.safetensors", Path.unlink, "average.safetensors is missing"),
+        ("progress.json", flip_a_byte, "progress.json is not as it was written"),
+        ("manifest.json", Path.unlink, "its manifest.json is missing or damaged"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else "",
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, uninterrupted: Path, name: str, damage: Callable[[Path], None], words: str
+):
+    """A damaged newest checkpoint is named in a warning, and the run goes on from the one before it to the same end."""
+    run = saved_by_epoch_2(tmp_path)
+    newest = run / "checkpoints/epoch-02"
+    damage(newest / name)
+    train(run)
+    assert f"warning: checkpoint {newest}: {words}; trying the one before it" in log_of(run)
+    assert "resuming after epoch 1" in log_of(run)
+    assert_same_results(run, uninterrupted)
+
+
+def test_all_checkpoints_damaged(tmp_path: Path, uninterrupted: Path):
+    """Without any valid checkpoint the run says so and begins again; its new checkpoints outlive the damaged one."""
+    run = saved_by_epoch_2(tmp_path, "--checkpoints_to_keep=1")
+    flip_a_byte(run / "checkpoints/epoch-02/weights.safetensors")
+    interrupted(run, 1, "train_one_epoch", "--checkpoints_to_keep=1")
+    assert "epoch-02: weights.safetensors is not as it was written" in log_of(run)
+    assert "resuming" not in log_of(run)
+    train(run, "--checkpoints_to_keep=1")
+    assert log_of(run).count("resuming after epoch 1") == 1
+    assert_same_results(run, uninterrupted)
+
+
+def test_half_written_folders_are_ignored(tmp_path: Path, uninterrupted: Path):
+    """Folders and files that an interrupted write left aside under `.partial` neither count nor disturb."""
+    run = saved_by_epoch_2(tmp_path)
+    shutil.copytree(run / "checkpoints/epoch-02", run / "checkpoints/epoch-03.partial")
+    (run / "results.json.partial").write_text('[{"name": "pre')
+    (run / "captures/epoch-03.safetensors.partial").write_bytes(b"\0\0")
+    train(run)
+    assert "resuming after epoch 2" in log_of(run)
+    assert "warning" not in log_of(run)
+    assert_same_results(run, uninterrupted)
+
+
+def test_half_written_metrics_line(tmp_path: Path, uninterrupted: Path):
+    """A line of metrics.jsonl that a killed process left half-written is gone after the resume, as are lines from beyond it."""
+    run = saved_by_epoch_2(tmp_path)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 14, "epoch": 2.3, "lr": 1, "loss": 9}\n{"kind": "train", "st')
+    train(run)
+    assert_same_results(run, uninterrupted)
