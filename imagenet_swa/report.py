@@ -11,6 +11,7 @@ import yaml
 
 from imagenet_swa.config import InputError
 from imagenet_swa.data.imagenet import PAPER_TABLE_2
+from imagenet_swa.schedule import learning_rate
 
 # The networks of a run, in the order of the table. "swa" is Alg. 1: the pretrained weights count as its first model.
 TITLES = {
@@ -160,6 +161,18 @@ def _report_text(run: RunFiles) -> str:
     return "\n".join(lines) + "\n"
 
 
+def learning_rates(run: RunFiles) -> tuple[list[int], list[float]]:
+    """The steps done so far, counted from 1, and the rate of each: the logged lines alone would cut off the cycles' peaks."""
+    logged = [line for line in run.metrics if line["kind"] == "train"]
+    if not logged:
+        return [], []
+    steps = list(range(1, logged[-1]["step"] + 1))
+    swa = run.config["swa"]
+    cycle_steps = swa["cycle_epochs"] * round(logged[-1]["step"] / logged[-1]["epoch"])
+    rule = {"schedule": swa["schedule"], "cycle_steps": cycle_steps, "lr_max": swa["lr_max"], "lr_min": swa["lr_min"]}
+    return steps, [learning_rate(step - 1, **rule) for step in steps]
+
+
 def plot_trajectory(run: RunFiles, path: Path) -> None:
     """Learning rate and top-1 against the step, captures and averages marked (the paper's Fig. 2)."""
     import matplotlib
@@ -168,8 +181,7 @@ def plot_trajectory(run: RunFiles, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(1, 2), layout="constrained")
-    train = [line for line in run.metrics if line["kind"] == "train"]
-    above.plot([line["step"] for line in train], [line["lr"] for line in train], color="tab:gray", linewidth=1)
+    above.plot(*learning_rates(run), color="tab:gray", linewidth=1)
     above.set_ylabel("learning rate")
     styles = {"pretrained": ("k", "s"), "capture": ("tab:blue", "o"), "swa": ("tab:red", "*")}
     styles["swa_without_pretrained"] = ("tab:orange", "D")

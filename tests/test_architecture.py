@@ -131,7 +131,7 @@ def test_packages_import_nothing():
         ("nvidia", {"data.dali", "doctor"}),
         ("jsonargparse", {"cli"}),
         ("accelerate", {"runtime"}),
-        ("timm", {"models"}),
+        ("timm", {"models", "finetune"}),
         ("matplotlib", {"report"}),
         ("PIL", {"data.torch_loader"}),
     ],

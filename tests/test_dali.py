@@ -32,7 +32,6 @@ TRANSFORM_FILTERS = {
     "bicubic": transforms.InterpolationMode.BICUBIC,
 }
 IMAGENET = {"image_size": 224, "resize": 256}
-pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
@@ -248,6 +247,22 @@ def test_other_formats_of_the_index_decode_as_in_pil(tmp_path: Path, name: str) 
     index, work = index_of(tmp_path, [name]), preprocessing(**IMAGENET)
     got = pixels(dali_loader(index, work).evaluation_stream([np.array([0])]))
     check_close(got, [torchvision_pixels(index.path(0), work)], [name], mean=0.3, largest=1)
+
+
+def test_flipped_bytes_show_what_pil_shows(tmp_path: Path) -> None:
+    """Damage that a JPEG decoder cannot notice gives the same wrong pixels as in PIL."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture(301, 407)).save(buffer, "JPEG", quality=90)
+    data = bytearray(buffer.getvalue())
+    (tmp_path / "sound.JPEG").write_bytes(data)
+    middle = len(data) // 2
+    data[middle : middle + 40] = bytes(40)
+    (tmp_path / "damaged.JPEG").write_bytes(data)
+    index, work = index_of(tmp_path, ["sound.JPEG", "damaged.JPEG"]), preprocessing(**IMAGENET)
+    got = pixels(dali_loader(index, work).evaluation_stream([np.arange(2)]))
+    wanted = [torchvision_pixels(index.path(i), work) for i in range(2)]
+    assert np.abs(wanted[0] - wanted[1]).mean() > 5
+    check_close(got, wanted, ["sound", "damaged"], mean=0.3, largest=1)
 
 
 @pytest.mark.parametrize("height,width", [(1, 1), (1, 60), (60, 1), (3, 2), (2, 900)])

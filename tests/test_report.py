@@ -7,14 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from conftest import QUICK_RUN
 from PIL import Image
 
+from imagenet_swa.cli import parse_config
 from imagenet_swa.config import Config, InputError, ModelConfig, SwaConfig, to_plain
 from imagenet_swa.data import imagenet
+from imagenet_swa.finetune import finetune
 from imagenet_swa.report import (
     COLUMNS,
     RUN_COLUMNS,
     compare_runs,
+    learning_rates,
     load_run,
     markdown_table,
     paper_figure,
@@ -56,7 +60,10 @@ def make_run(folder: Path, results: Any = RESULTS, *, name: str = "resnet50.tv_i
     (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config)))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
     (folder / "results.json").write_text(json.dumps(results))
-    lines = [{"kind": "train", "step": step, "lr": 1e-3 - step * 1e-6, "loss": 1.0} for step in range(50, 1001, 50)]
+    lines = [
+        {"kind": "train", "step": step, "epoch": step / 100, "lr": 1e-3 - step * 1e-6, "loss": 1.0}
+        for step in range(50, 1001, 50)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -250,3 +257,16 @@ def test_unfinished_runs_are_not_compared(tmp_path: Path, left_out: str):
     (runs[1] / "results.json").write_text(json.dumps(kept))
     with pytest.raises(InputError, match=f"{runs[1]} is not finished; wanted a result after epoch 10 for each of pretrained"):
         compare_runs([load_run(run) for run in runs])
+
+
+def test_the_plotted_rates_are_those_of_training(tmp_path):
+    """The curve agrees with every logged line and reaches the peak of each cycle, which the log lines miss."""
+    config = parse_config([*QUICK_RUN, f"--output={tmp_path / 'run'}"], "", "")
+    finetune(config)
+    run = load_run(config.output)
+    steps, rates = learning_rates(run)
+    assert steps == list(range(1, 25))
+    for line in run.metrics:
+        if line["kind"] == "train":
+            assert rates[line["step"] - 1] == line["lr"]
+    assert max(rates) == rates[0] == rates[6] > max(line["lr"] for line in run.metrics if line["kind"] == "train")

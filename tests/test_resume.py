@@ -140,6 +140,15 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, uninterrupted: Pat
     assert (run / "report.md").exists()
 
 
+def test_statistics_under_dropout(tmp_path: Path):
+    """Where dropout stands before BatchNorm, so that the statistics depend on chance, a cut before their pass changes nothing."""
+    flags = ("--model.name=test_resnet", "--model.kwargs.drop_path_rate=0.5", "--swa.num_epochs=2")
+    whole = train(tmp_path / "whole", *flags)
+    run = interrupted(tmp_path / "run", 2, "_recompute_batchnorm", *flags)
+    train(run, *flags)
+    assert_same_results(run, whole)
+
+
 def test_cut_twice(tmp_path: Path, uninterrupted: Path):
     """Two interruptions are no worse than one."""
     run = interrupted(tmp_path / "run", 1, "train_one_epoch")
