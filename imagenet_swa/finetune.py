@@ -3,7 +3,7 @@
 import copy
 import json
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,8 @@ class Run:
         seconds = time.perf_counter() - start
         mib = sum(tensor.nbytes for tensor in self.captured.values()) / 2**20
         self.records.log("capture", step=self.step, num_averaged=self.average.num_averaged, seconds=seconds, mib=mib)
+        if self.average.num_averaged == 1:  # the method's whole extra cost, sec. 3.3
+            self.records.say(f"  averaging: {mib:.1f} MiB more memory, {1000 * seconds:.1f} ms per capture")
         self._save_weights(self.captured, f"captures/epoch-{self.epoch:02d}.safetensors")
 
     def save_checkpoint(self) -> None:
@@ -165,7 +167,8 @@ class Run:
         if not networks:
             return
         self.runtime.barrier()
-        for name, evaluation in self.session.evaluate(networks).items():
+        progress = partial(self.records.progress, "evaluation")
+        for name, evaluation in self.session.evaluate(networks, progress).items():
             result = {"name": name, "epoch": self.epoch, "step": self.step, **evaluation.summary()}
             self.results.append(result)
             self.records.log("evaluation", **dict(result.items()) | {"step": self.step})
@@ -183,9 +186,9 @@ class Run:
         name = "swa" if self.config.swa.include_pretrained else "swa_without_pretrained"
         if self.runtime.is_main:
             source = self.folder / "averages" / f"{_label(name, self.epoch)}.safetensors"
-            partial = self.folder / "swa.safetensors.partial"
-            partial.write_bytes(source.read_bytes())
-            partial.replace(self.folder / "swa.safetensors")
+            aside = self.folder / "swa.safetensors.partial"
+            aside.write_bytes(source.read_bytes())
+            aside.replace(self.folder / "swa.safetensors")
             write_report(self.folder)
         self.runtime.barrier()
         self.runtime.accelerator.end_training()
@@ -235,15 +238,9 @@ class Run:
         self.runtime.seed(self.config.seed, self.step, 1)  # dropout, apart from the training steps' numbers
         start = time.perf_counter()
         with self.records.progress("BatchNorm statistics", len(batches)) as ticker:
-
-            def images() -> Iterator[torch.Tensor]:
-                for batch in loader.training_stream(batches, epoch=self.epoch):
-                    yield batch.images
-                    ticker.advance()
-
             num_images = recompute_statistics(
                 networks,
-                images(),
+                (batch.images for batch in ticker.follow(loader.training_stream(batches, epoch=self.epoch))),
                 sum_over_ranks=self.runtime.sum,
                 forward_context=lambda: self.runtime.autocast(self.config.evaluation.precision),
             )

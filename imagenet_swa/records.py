@@ -6,16 +6,18 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from imagenet_swa.runtime import Runtime
+
+T = TypeVar("T")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -87,10 +89,22 @@ class Ticker:
         if self._bar is not None:
             self._bar.advance(self._task, amount)
 
+    def follow(self, stream: Iterable[T]) -> Iterator[T]:
+        """The stream's items; the bar moves after each."""
+        for item in stream:
+            yield item
+            self.advance()
+
     def note(self, text: str) -> None:
         """What stands behind the bar."""
         if self._bar is not None:
             self._bar.update(self._task, note=text)
+
+
+@contextmanager
+def no_progress(_total: int) -> Iterator[Ticker]:
+    """What shows no bar."""
+    yield Ticker(None, None)
 
 
 def _step_of(line: str) -> float:

@@ -1,6 +1,8 @@
 """Processes, images, network and loaders: what every command needs that runs a network on images."""
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,7 @@ from imagenet_swa.data.loaders import Loaders, build_indices, build_loaders
 from imagenet_swa.data.sampling import evaluation_batches
 from imagenet_swa.evaluate import Evaluation, evaluate
 from imagenet_swa.models import Weights, load_pretrained, load_weights, resolve_preprocessing
+from imagenet_swa.records import Ticker, no_progress
 from imagenet_swa.runtime import Runtime, start_runtime
 
 
@@ -49,8 +52,10 @@ class Session:
         order = torch.channels_last if self.config.speed.channels_last else torch.preserve_format
         return network.to(self.runtime.device).to(memory_format=order)
 
-    def evaluate(self, networks: dict[str, nn.Module]) -> dict[str, Evaluation]:
-        """All networks in one pass over the validation images."""
+    def evaluate(
+        self, networks: dict[str, nn.Module], progress: Callable[[int], AbstractContextManager[Ticker]] = no_progress
+    ) -> dict[str, Evaluation]:
+        """All networks in one pass over the validation images; `progress(num_batches)` shows how far it is."""
         index = self.loaders.val.index
         batches = evaluation_batches(
             len(index),
@@ -58,15 +63,16 @@ class Session:
             world_size=self.runtime.world_size,
             batch_size=self.config.evaluation.batch_size,
         )
-        return evaluate(
-            networks,
-            self.loaders.val.evaluation_stream(batches),
-            index.labels,
-            num_classes=self.config.model.num_classes,
-            device=self.runtime.device,
-            sum_over_ranks=self.runtime.sum,
-            forward_context=lambda: self.runtime.autocast(self.config.evaluation.precision),
-        )
+        with progress(len(batches)) as ticker:
+            return evaluate(
+                networks,
+                ticker.follow(self.loaders.val.evaluation_stream(batches)),
+                index.labels,
+                num_classes=self.config.model.num_classes,
+                device=self.runtime.device,
+                sum_over_ranks=self.runtime.sum,
+                forward_context=lambda: self.runtime.autocast(self.config.evaluation.precision),
+            )
 
 
 def evaluate_network(config: Config) -> Evaluation:
