@@ -178,7 +178,7 @@ class SwaConfig:
             f"swa.num_epochs {self.num_epochs} is not a whole number of cycles of {self.cycle_epochs} epochs",
         )
         require(
-            0 <= self.lr_min <= self.lr_max,
+            0 <= self.lr_min <= self.lr_max < float("inf"),
             f"wanted 0 <= swa.lr_min <= swa.lr_max, got lr_min {self.lr_min:g}, lr_max {self.lr_max:g}",
         )
         for epoch in self.report_epochs:

@@ -290,7 +290,7 @@ def test_numbers_that_sort_as_text_are_refused(num_classes: int):
     """Folders 0..10 or 0..999 sort as 0, 1, 10, ...: nearly every label would be wrong."""
     names = [str(i) for i in range(num_classes)]
     message = one_line(check_classes, index_of(names), "val", num_classes)
-    assert "sort as text (0, 1, 10, ...)" in message
+    assert "in text order (0, 1, 10, ...)" in message
     assert "give data.val_list" in message
 
 

@@ -81,11 +81,12 @@ def statistics_batches(
     """Image indices of one process for the BatchNorm pass: `num_used` (default all) images, each once, in random order.
 
     The order is random because BatchNorm normalises each batch by its own statistics, which sorted classes would bend.
-    The batches differ by at most one image in size, so that none is left with too few to normalise by.
+    All batches of all processes differ by at most one image in size, so that none is left with too few to normalise by.
     """
     order = epoch_order(num_images, seed=seed, epoch=epoch)[:num_used]
-    mine = order[rank::world_size]
-    return [part for part in np.array_split(mine, -(-len(mine) // batch_size)) if len(part)] if len(mine) else []
+    largest_share = -(-len(order) // world_size)
+    num_batches = -(-largest_share // batch_size)
+    return [part for part in np.array_split(order[rank::world_size], num_batches) if len(part)]
 
 
 # ------------------------------------------------------------------------------------------------- crops and flips
@@ -177,9 +178,3 @@ def central_window(
     w = np.minimum(widths, np.floor(heights * aspect[1] + 0.5).astype(np.int64))
     h = np.minimum(heights, np.floor(widths / aspect[0] + 0.5).astype(np.int64))
     return np.maximum(h, 1), np.maximum(w, 1)
-
-
-def evaluation_size(height: int, width: int, resize: int) -> tuple[int, int]:
-    """Height and width after the shorter side became `resize`, by torchvision's integer rule."""
-    shorter = min(height, width)
-    return height * resize // shorter, width * resize // shorter
