@@ -138,7 +138,7 @@ def check_classes(index: ImageIndex, split: str, num_classes: int) -> None:
         )
     if all(name.isdecimal() for name in index.classes) and [int(name) for name in index.classes] != list(range(num_classes)):
         raise InputError(
-            f"{index.root}: folders named by numbers get labels 0, 1, 2, ... in text order ({', '.join(index.classes[:3])}, ...), "
+            f"{index.root}: folders named by numbers are labelled in text order ({', '.join(index.classes[:3])}, ...), "
             f"not the labels that their names say; {way_out}"
         )
     looks_like_imagenet = num_classes == imagenet.NUM_CLASSES and not known.isdisjoint(index.classes)
