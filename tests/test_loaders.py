@@ -219,6 +219,13 @@ def test_decoding_on_a_gpu_that_is_not_there(config: Config) -> None:
         build_loaders(config, build_indices(config), preprocessing(), runtime_on())
 
 
+def test_only_dali_decodes_on_the_gpu(config: Config) -> None:
+    """decode gpu with the torchvision backend is refused rather than ignored."""
+    config = with_data(config, decode="gpu", backend="torchvision")
+    with pytest.raises(InputError, match=r"data\.decode is gpu, but only DALI decodes there"):
+        build_loaders(config, build_indices(config), preprocessing(), runtime_on())
+
+
 def without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.delitem(sys.modules, "imagenet_swa.data.dali")

@@ -59,6 +59,10 @@ def _build_loader(config: Config, index: ImageIndex, preprocessing: Preprocessin
         return SyntheticLoader(index, preprocessing, **common)
     num_workers = data.num_workers if data.num_workers is not None else max(1, num_cpus() // runtime.local_world_size)
     common |= {"prefetch": data.prefetch}
+    if data.decode == "gpu" and data.backend != "dali":
+        raise InputError(
+            f"data.decode is gpu, but only DALI decodes there and data.backend is {data.backend}; set one of the two"
+        )
     if data.backend == "torchvision":
         from imagenet_swa.data.torch_loader import TorchvisionLoader
 
