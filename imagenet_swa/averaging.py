@@ -40,6 +40,10 @@ class WeightAverage:
                 self._average[name] = tensor.clone()
         self.num_averaged += 1
 
+    def pretrained(self) -> Weights:
+        """The weights that it started with."""
+        return {name: tensor.clone() for name, tensor in self._pretrained.items()}
+
     def weights(self, *, include_pretrained: bool) -> Weights:
         """The average of the captures alone, or as Alg. 1 with the pretrained weights as its first model:
         w_with = (k w_without + pretrained) / (k + 1).

@@ -69,6 +69,10 @@ class Checkpoints:
             shutil.rmtree(old)
         return final
 
+    def exist(self) -> bool:
+        """Whether there are any, valid or not."""
+        return bool(self._complete())
+
     def newest_valid(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose files are all as written, and a line about each newer one that is not."""
         complaints = []
@@ -121,6 +125,14 @@ def save_weights(weights: Tensors, path: Path, metadata: dict[str, str]) -> None
     _write_tensors(weights, partial, metadata)
     _flush(partial)
     partial.replace(path)
+
+
+def copy_atomically(source: Path, target: Path) -> None:
+    """A copy of a file, written aside, flushed and renamed."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.copyfile(source, partial)
+    _flush(partial)
+    partial.replace(target)
 
 
 def _write_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -31,7 +31,8 @@ class ModelConfig:
     """Library that defines the network."""
     name: str = "resnet50.tv_in1k"
     """`architecture.weights` as the library names them: timm `resnet50.tv_in1k`, torchvision `resnet50.IMAGENET1K_V1`.
-    The architecture alone where `weights` is a file or `pretrained` is false."""
+    The part after the dot also decides the preprocessing, with a file's weights too. The architecture alone will do where
+    `weights` is a file or `pretrained` is false."""
     pretrained: bool = True
     """Start from pretrained weights; false starts from random ones."""
     weights: Path | None = None
@@ -304,7 +305,7 @@ class Config:
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide the final weights, flattened to `section.field`: a resumed run must agree in them."""
         flat = flatten(to_plain(self))
-        free = ("output", "resume", "checkpoints_to_keep", "log_every", "trackers", "evaluation.", "batchnorm.")
+        free = ("output", "resume", "checkpoints_to_keep", "log_every", "trackers", "evaluation.captures")
         free += ("data.num_workers", "data.prefetch", "swa.report_epochs", "swa.include_pretrained")
         return {key: value for key, value in flat.items() if not key.startswith(free)}
 

@@ -15,7 +15,7 @@ from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.loaders import build_indices, build_loaders
 from imagenet_swa.data.sampling import evaluation_batches, training_batches
 from imagenet_swa.engine import make_plan
-from imagenet_swa.models import batchnorm_layers, load_pretrained, resolve_preprocessing
+from imagenet_swa.models import batchnorm_layers, check_forward, load_pretrained, resolve_preprocessing
 from imagenet_swa.runtime import Runtime, num_cpus, start_runtime
 from imagenet_swa.session import compare_with_published, evaluate_network
 
@@ -36,7 +36,7 @@ class _Examination:
             finding, value = examine()
         except InputError as error:
             self.healthy = False
-            self._print("FAIL", title, str(error))
+            self._print("FAIL", title, str(error), every_rank=error.concerns_one_rank)
             return None
         self._print(" ok ", title, finding)
         return value
@@ -45,8 +45,15 @@ class _Examination:
         """Something that a run survives and its owner may not want."""
         self._print("warn", title, finding)
 
-    def _print(self, verdict: str, title: str, finding: str) -> None:
-        if self.runtime is None or self.runtime.is_main:
+    def on_all_ranks(self, passed: bool) -> bool:
+        """Whether a check passed everywhere: what follows needs every rank."""
+        assert self.runtime is not None
+        failures = self.runtime.sum(torch.tensor([int(not passed)], device=self.runtime.device))
+        self.healthy &= failures.item() == 0
+        return failures.item() == 0
+
+    def _print(self, verdict: str, title: str, finding: str, *, every_rank: bool = False) -> None:
+        if every_rank or self.runtime is None or self.runtime.is_main:
             print(f"[{verdict}] {title}: {finding}", flush=True)
 
 
@@ -68,7 +75,7 @@ def examine(config: Config, *, measure_baseline: bool = True) -> bool:
     if indices is not None and loaded is not None:
         examination.check("batches", lambda: (_batches(config, indices, runtime), None))
         decoded = examination.check("decoding", lambda: _decoding(config, indices, loaded[0], runtime))
-        if measure_baseline and decoded:
+        if examination.on_all_ranks(bool(decoded)) and measure_baseline:
             examination.check("baseline", lambda: _baseline(config, loaded[0]))
     return examination.healthy
 
@@ -112,6 +119,7 @@ def _unlike_imagenet(config: Config, indices: tuple[ImageIndex, ImageIndex]) -> 
 def _network(config: Config) -> tuple[str, tuple[Preprocessing, float]]:
     network = load_pretrained(config.model)
     preprocessing = resolve_preprocessing(config.model, config.preprocessing, network)
+    check_forward(network, preprocessing.image_size, config.model)
     mib = sum(t.nbytes for t in network.state_dict().values()) / 2**20
     num_layers = len(batchnorm_layers(network))
     finding = (
@@ -121,8 +129,8 @@ def _network(config: Config) -> tuple[str, tuple[Preprocessing, float]]:
 
 
 def _disk(config: Config, mib: float) -> tuple[str, None]:
-    """Captures, two averages per report, and the checkpoints (weights, momentum, average, pretrained weights each)."""
-    copies = config.swa.num_epochs + 2 * len(config.swa.epochs_to_report) + 4 * (config.checkpoints_to_keep + 1)
+    """Captures, two averages per report, the final one, and checkpoints of weights, momentum, average, pretrained weights."""
+    copies = 1 + config.swa.num_epochs + 2 * len(config.swa.epochs_to_report) + 4 * (config.checkpoints_to_keep + 1)
     needed, free = copies * mib * 2**20, shutil.disk_usage(_existing(config.output)).free
     if free < needed:
         raise InputError(f"{config.output} has {free / GIB:.1f} GiB free, this run needs about {needed / GIB:.1f} GiB")

@@ -20,8 +20,7 @@ from imagenet_swa.runtime import Runtime
 from imagenet_swa.schedule import is_capture, learning_rate
 
 _WAY_OUT = (
-    "nothing of it was averaged or saved. Lower swa.lr_max, or train in another speed.precision; "
-    "the same command goes on from the last checkpoint"
+    "nothing of it was averaged or saved. Start again with a lower swa.lr_max or another speed.precision, into another output"
 )
 
 

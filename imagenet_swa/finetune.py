@@ -14,7 +14,7 @@ from torch import nn
 
 from imagenet_swa.averaging import WeightAverage, capture_weights
 from imagenet_swa.batchnorm import mean_over_ranks, recompute_statistics
-from imagenet_swa.checkpoint import Checkpoints, Snapshot, load_snapshot, save_weights
+from imagenet_swa.checkpoint import Checkpoints, Snapshot, copy_atomically, load_snapshot, save_weights
 from imagenet_swa.config import Config, InputError, to_plain
 from imagenet_swa.data.sampling import statistics_batches
 from imagenet_swa.engine import Plan, make_plan, train_one_epoch
@@ -24,6 +24,9 @@ from imagenet_swa.records import Records, write_atomically
 from imagenet_swa.report import write_report
 from imagenet_swa.runtime import Runtime, environment_record
 from imagenet_swa.session import Session, compare_with_published
+
+# The averages that a run reports, and whether the pretrained weights count in them.
+AVERAGES = {"swa": True, "swa_without_pretrained": False}
 
 
 def finetune(config: Config) -> Path:
@@ -69,12 +72,14 @@ class Run:
         records = Records(config.output, session.runtime)
         session.runtime.accelerator.init_trackers("imagenet_swa", config={"seed": config.seed})
         run = cls(session, records)
+        run._check_batches()
         snapshot = run._newest_snapshot()
         run._introduce(snapshot)
         if snapshot is not None:
             run._restore(snapshot)
         records.forget_after(run.step if snapshot else -1)
-        run._save_description()
+        if run.epoch < config.swa.num_epochs:  # a finished run keeps the record of the machine that made it
+            run._save_description()
         return run
 
     def _prepare(self) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
@@ -92,7 +97,32 @@ class Run:
         path, complaints = self.runtime.from_main(self.checkpoints.newest_valid() if self.runtime.is_main else None)
         for complaint in complaints:
             self.records.say(f"warning: checkpoint {complaint}")
-        return None if path is None else load_snapshot(path)
+        if path is not None:
+            return load_snapshot(path)
+        remains = self.checkpoints.exist() or (self.folder / "swa.safetensors").exists() if self.runtime.is_main else None
+        if self.runtime.from_main(remains):
+            raise InputError(
+                f"{self.folder} holds a run but no valid checkpoint to go on from; move it away or choose another output"
+            )
+        return None
+
+    def _check_batches(self) -> None:
+        """BatchNorm cannot train on one image at a time, and poorly on very few."""
+        if self.config.model.freeze_batchnorm or not batchnorm_layers(self.network):
+            return
+        plan, most = self.plan, self.config.speed.max_batch_size_per_device
+        if min(plan.batch_size_per_device, self.config.evaluation.batch_size) < 2:
+            raise InputError(
+                f"BatchNorm needs at least 2 images at a time, got {plan.batch_size_per_device} in training and "
+                f"{self.config.evaluation.batch_size} in evaluation; change global_batch_size, speed.max_batch_size_per_device "
+                f"(now {most}) or evaluation.batch_size"
+            )
+        possible = min(plan.batch_size_per_device * plan.num_accumulation, most)
+        if plan.batch_size_per_device < possible // 2:
+            self.records.say(
+                f"warning: BatchNorm will see {plan.batch_size_per_device} images at a time where {possible} would fit; "
+                "a global_batch_size with more divisors allows larger parts"
+            )
 
     def _restore(self, snapshot: Snapshot) -> None:
         progress = snapshot.progress
@@ -104,9 +134,20 @@ class Run:
             self.runtime.accelerator.scaler.load_state_dict(progress["loss_scale"])
         self.epoch = progress["epoch"]
         self.captured = capture_weights(self.network)
-        results_file = self.folder / "results.json"
-        found = json.loads(results_file.read_text()) if self.runtime.is_main and results_file.exists() else []
-        self.results = self.runtime.from_main([result for result in found if result["epoch"] <= self.epoch])
+        found = self.runtime.from_main(self._saved_results() if self.runtime.is_main else None)
+        self.results = [result for result in found if result["epoch"] <= self.epoch]
+        reported = {result["epoch"] for result in self.results if result["name"] == "swa"}
+        for epoch in set(self.config.swa.epochs_to_report) - reported:
+            if epoch < self.epoch:
+                self.records.say(f"warning: the average after epoch {epoch} was not reported and cannot be made up for")
+
+    def _saved_results(self) -> list[dict[str, Any]]:
+        path = self.folder / "results.json"
+        try:
+            return json.loads(path.read_text()) if path.exists() else []
+        except ValueError:
+            self.records.say(f"warning: {path} is damaged; what can be evaluated again will be")
+            return []
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint's run and the present one must have in common, flat."""
@@ -129,7 +170,8 @@ class Run:
             runtime=self.runtime,
             records=self.records,
         )
-        mean_over_ranks(self.network, self.runtime.sum, self.runtime.world_size)
+        if not self.config.model.freeze_batchnorm:
+            mean_over_ranks(self.network, self.runtime.sum, self.runtime.world_size)
         self.captured = capture_weights(self.network)
         self.epoch += 1
 
@@ -142,7 +184,7 @@ class Run:
         self.records.log("capture", step=self.step, num_averaged=self.average.num_averaged, seconds=seconds, mib=mib)
         if self.average.num_averaged == 1:  # the method's whole extra cost, sec. 3.3
             self.records.say(f"  averaging: {mib:.1f} MiB more memory, {1000 * seconds:.1f} ms per capture")
-        self._save_weights(self.captured, f"captures/epoch-{self.epoch:02d}.safetensors")
+        self._save_weights(self.captured, self.folder / "captures" / f"epoch-{self.epoch:02d}.safetensors")
 
     def save_checkpoint(self) -> None:
         """All that a resumed run needs. Returns when it is on disk, on every rank."""
@@ -169,26 +211,27 @@ class Run:
         self.runtime.barrier()
         progress = partial(self.records.progress, "evaluation")
         for name, evaluation in self.session.evaluate(networks, progress).items():
-            result = {"name": name, "epoch": self.epoch, "step": self.step, **evaluation.summary()}
-            self.results.append(result)
-            self.records.log("evaluation", **dict(result.items()) | {"step": self.step})
-            self.records.say(f"  {_label(name, self.epoch)}: top-1 {100 * result['top1']:.2f} %, NLL {result['nll']:.4f}")
+            epoch, step = (0, 0) if name == "pretrained" else (self.epoch, self.step)
+            summary = evaluation.summary()
+            self.results = [r for r in self.results if (r["name"], r["epoch"]) != (name, epoch)]
+            self.results.append({"name": name, "epoch": epoch, "step": step, **summary})
+            self.records.say(f"  {_label(name, epoch)}: top-1 {100 * summary['top1']:.2f} %, NLL {summary['nll']:.4f}")
             if self.runtime.is_main:
                 folder = self.folder / "predictions"
                 folder.mkdir(exist_ok=True)
-                evaluation.save(folder / f"{_label(name, self.epoch)}.parquet")
+                evaluation.save(folder / f"{_label(name, epoch)}.parquet")
         self._comment_on_results()
         if self.runtime.is_main:
             write_atomically(self.folder / "results.json", json.dumps(self.results, indent=1))
+        for result in self.results[-len(networks) :]:  # not before: an interrupted pass is logged once, when it is repeated
+            self.records.log("evaluation", **result)
 
     def finish(self) -> Path:
         """Write swa.safetensors and the report; returns the latter's path."""
         name = "swa" if self.config.swa.include_pretrained else "swa_without_pretrained"
         if self.runtime.is_main:
-            source = self.folder / "averages" / f"{_label(name, self.epoch)}.safetensors"
-            aside = self.folder / "swa.safetensors.partial"
-            aside.write_bytes(source.read_bytes())
-            aside.replace(self.folder / "swa.safetensors")
+            source = self._average_file(name)
+            copy_atomically(source, self.folder / "swa.safetensors")
             write_report(self.folder)
         self.runtime.barrier()
         self.runtime.accelerator.end_training()
@@ -200,12 +243,12 @@ class Run:
         done = {result["name"] for result in self.results if result["epoch"] == self.epoch}
         is_report = self.epoch in self.config.swa.epochs_to_report
         wanted: dict[str, nn.Module] = {}
-        if self.epoch == 0 and "pretrained" not in done:
-            wanted["pretrained"] = self.session.network_with(self.captured)
+        if not any(result["name"] == "pretrained" for result in self.results):
+            wanted["pretrained"] = self.session.network_with(self.average.pretrained())
         is_capture = self.epoch > 0 and self.plan.is_capture(self.epoch)
         if is_capture and (self.config.evaluation.captures or is_report) and "capture" not in done:
             wanted["capture"] = self.session.network_with(self.captured)
-        if self.epoch > 0 and is_report and not done >= {"swa", "swa_without_pretrained"}:
+        if self.epoch > 0 and is_report and not (done >= set(AVERAGES) and self._averages_on_disk()):
             wanted |= self._averaged_networks()
         return wanted
 
@@ -213,12 +256,18 @@ class Run:
         """Both averages with fresh BatchNorm statistics, one pass over the training images for the two."""
         networks = {
             name: self.session.network_with(self.average.weights(include_pretrained=with_pretrained))
-            for name, with_pretrained in (("swa", True), ("swa_without_pretrained", False))
+            for name, with_pretrained in AVERAGES.items()
         }
         self._recompute_batchnorm(list(networks.values()))
         for name, network in networks.items():
-            self._save_weights(capture_weights(network), f"averages/{_label(name, self.epoch)}.safetensors")
+            self._save_weights(capture_weights(network), self._average_file(name))
         return networks
+
+    def _average_file(self, name: str) -> Path:
+        return self.folder / "averages" / f"{_label(name, self.epoch)}.safetensors"
+
+    def _averages_on_disk(self) -> bool:
+        return self.runtime.from_main(all(self._average_file(name).exists() for name in AVERAGES))
 
     def _recompute_batchnorm(self, networks: list[nn.Module]) -> None:
         if not batchnorm_layers(networks[0]) or self.config.model.freeze_batchnorm:
@@ -246,10 +295,11 @@ class Run:
             )
         self.records.say(f"  BatchNorm statistics from {num_images:,} images in {time.perf_counter() - start:.1f} s")
 
-    def _save_weights(self, weights: Weights, name: str) -> None:
+    def _save_weights(self, weights: Weights, path: Path) -> None:
         if self.runtime.is_main:
-            about = {"format": "pt", "network": self.config.model.name, "num_averaged": str(self.average.num_averaged)}
-            save_weights(weights, self.folder / name, about)
+            # One key: safetensors writes several in random order, and equal runs should leave equal files.
+            about = {"network": self.config.model.name, "num_averaged": self.average.num_averaged}
+            save_weights(weights, path, {"imagenet_swa": json.dumps(about)})
 
     # -------------------------------------------------------------------------------------------- words for people
 

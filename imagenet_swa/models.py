@@ -1,7 +1,9 @@
 """Networks and their pretrained weights by name, from timm, torchvision or a local file; their preprocessing."""
 
+import copy
 import difflib
 import math
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,7 +146,8 @@ def read_weights(path: Path) -> Weights:
     except SafetensorError as error:
         raise InputError(f"{path} is not a valid safetensors file: {_first_line(error)}") from None
     except Exception as error:  # torch.load raises half a dozen types for a file that it does not take
-        raise InputError(f"{path} is not a file of plain weights: {_first_line(error)}") from None
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f": {_first_line(error)}"
+        raise InputError(f"{path} is not a file of plain weights that loads without running code from it{reason}") from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -238,6 +241,25 @@ def _torchvision_data_config(model: ModelConfig) -> dict[str, Any]:
         "std": tuple(t.std),
         "crop_mode": "center",
     }
+
+
+def check_forward(network: nn.Module, image_size: int, model: ModelConfig) -> None:
+    """Try two images in both modes on a copy. Raises InputError where logits (2, num_classes) do not come out."""
+    trial = copy.deepcopy(network)
+    images = torch.zeros(2, 3, image_size, image_size)
+    for training in (False, True):
+        try:
+            with torch.no_grad():
+                logits = trial.train(training)(images)
+        except Exception as error:  # whatever a network raises for what it does not take
+            mode = "training" if training else "evaluation"
+            raise InputError(
+                f"{model.name} does not take images of 3 x {image_size} x {image_size} in {mode}: {_first_line(error)}; "
+                "set preprocessing.image_size or model.kwargs"
+            ) from None
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if got != (2, model.num_classes):
+            raise InputError(f"{model.name} returns {got} for two images, wanted logits {(2, model.num_classes)}")
 
 
 # ------------------------------------------------------------------------------------------ BatchNorm and modes

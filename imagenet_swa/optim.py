@@ -17,13 +17,18 @@ def make_sgd(network: nn.Module, config: OptimizerConfig, *, fused: bool) -> tor
     exempt = [p for p in parameters if p.ndim <= 1 and not config.decay_norm_and_bias]
     decayed = [p for p in parameters if p.ndim > 1 or config.decay_norm_and_bias]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=0.0,
         momentum=config.momentum,
         nesterov=config.nesterov,
         fused=fused,
     )
+    if config.momentum > 0:
+        # The fused kernel leaves a buffer that it makes itself unwritten where fp16's loss scale overflows in the first step.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

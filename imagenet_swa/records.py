@@ -52,7 +52,9 @@ class Records:
             # JSON has no infinity and no NaN.
             sayable = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             self._append("metrics.jsonl", json.dumps({"kind": kind, "step": step, **sayable}))
-        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        # An evaluation's curve is that of one network: evaluation/swa/top1.
+        prefix = f"{kind}/{values['name']}" if "name" in values else kind
+        numbers = {f"{prefix}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         self._runtime.accelerator.log(numbers, step=step)
 
     def forget_after(self, step: int) -> None:

@@ -146,11 +146,11 @@ def _report_text(run: RunFiles) -> str:
         "",
         "![learning rate and top-1 against step](trajectory.png)",
         "",
-        f"- learning rate: {swa['schedule']}, {swa['lr_max']:g} to {swa['lr_min']:g}, cycle {swa['cycle_epochs']} epochs; "
+        f"- learning rate: {swa['schedule']}, {swa['lr_max']:g} to {swa['lr_min']:g}, epochs per cycle: {swa['cycle_epochs']}; "
         f"global batch {run.config['global_batch_size']}, seed {run.config['seed']}",
         f"- training images: {data['train']['num_images']:,}, fingerprint {data['train']['fingerprint'][:16]}; "
         f"validation images: {data['val']['num_images']:,}, fingerprint {data['val']['fingerprint'][:16]}",
-        f"- machine: {machine}; {run.environment['world_size']} processes; "
+        f"- machine: {machine}; processes: {run.environment['world_size']}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
     if paper_figure(model["name"], "pretrained", 0):

@@ -19,6 +19,7 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.commands.config.config_args import default_config_file
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list
 
 from imagenet_swa.config import Config, InputError
@@ -94,6 +95,7 @@ def start_runtime(config: Config) -> Runtime:
     """
     on_gpu = torch.cuda.is_available()
     check_precision(config, on_gpu=on_gpu)
+    check_trackers(config.trackers)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.speed.tf32
     torch.backends.cudnn.benchmark = on_gpu
     # torch 2.14 has another name for it, which torch 2.10 does not know and Accelerate does not pass on.
@@ -120,6 +122,13 @@ def start_runtime(config: Config) -> Runtime:
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         device=accelerator.device,
     )
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Raise InputError for a tracker whose package is missing, which Accelerate would leave out without a word."""
+    missing = set(trackers) - {str(tracker.value) for tracker in get_available_trackers()}
+    if missing:
+        raise InputError(f"trackers: {min(missing)} is not installed; pip install {min(missing)}, or leave it out")
 
 
 def check_precision(config: Config, *, on_gpu: bool) -> None:

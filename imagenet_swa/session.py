@@ -14,7 +14,7 @@ from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.loaders import Loaders, build_indices, build_loaders
 from imagenet_swa.data.sampling import evaluation_batches
 from imagenet_swa.evaluate import Evaluation, evaluate
-from imagenet_swa.models import Weights, load_pretrained, load_weights, resolve_preprocessing
+from imagenet_swa.models import Weights, check_forward, load_pretrained, load_weights, resolve_preprocessing
 from imagenet_swa.records import Ticker, no_progress
 from imagenet_swa.runtime import Runtime, start_runtime
 
@@ -39,6 +39,7 @@ class Session:
         with runtime.local_main_first():
             network = load_pretrained(config.model)
         preprocessing = resolve_preprocessing(config.model, config.preprocessing, network)
+        check_forward(network, preprocessing.image_size, config.model)
         return cls(config, runtime, indices, network, preprocessing, build_loaders(config, indices, preprocessing, runtime))
 
     def network_with(self, weights: Weights) -> nn.Module:

@@ -8,13 +8,14 @@ tf_efficientnet_lite0.timm.safetensors; by default `../shared/data` beside the p
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from imagenet_swa.config import Preprocessing
@@ -44,6 +45,23 @@ def _can_make_namespaces() -> bool:
     except (OSError, subprocess.CalledProcessError):
         return False
     return True
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu() -> Iterator[None]:
+    """No GPU, whose sums do not repeat to the last bit, and one thread: more of them wait for each other where cores are few."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    """Accelerate keeps the settings of the first run of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

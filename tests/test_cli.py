@@ -7,12 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from accelerate.state import AcceleratorState
 from conftest import PROJECT, QUICK_RUN, run
@@ -27,18 +25,7 @@ from imagenet_swa.engine import Plan
 SHORT = ("--swa.num_epochs=2", "--swa.report_epochs=[]", "--swa.lr_max=0.005")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads gain nothing on networks this small, and cost a lot where others use the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def train(output: Path, *flags: str) -> int:
@@ -134,8 +121,6 @@ def test_print_config(capsys: pytest.CaptureFixture[str], tmp_path: Path):
 )
 def test_unusable_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str):
     """What the user got wrong ends with exit code 2 and one line that says so."""
-    if torch.cuda.is_available() and "fp16" in flags[0]:
-        pytest.skip("this machine has fp16")
     assert train(tmp_path / "run", *flags) == 2
     assert words in error_line(capsys)
 
@@ -277,7 +262,7 @@ def test_a_full_disk_in_earnest(tmp_path: Path):
     """Where the system refuses to write a weight file, the run ends with code 1 and one line; with room it then finishes."""
     command = [sys.executable, "-m", "imagenet_swa", "train", *QUICK_RUN, *SHORT, f"--output={tmp_path / 'run'}"]
     limited = ["bash", "-c", 'ulimit -f 100 && exec "$@"', "bash", *command]  # files of at most 100 KiB
-    result = run(limited, OMP_NUM_THREADS="1")
+    result = run(limited, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert re.search(r"error: File too large \(.*safetensors.*\); checkpoints already written", result.stderr.splitlines()[-1])
@@ -292,7 +277,7 @@ def test_diverging_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         assert train(tmp_path / "run") == 1
     line = error_line(capsys)
     assert "the loss became" in line or "a weight became" in line
-    assert "nothing of it was averaged or saved. Lower swa.lr_max" in line
+    assert "nothing of it was averaged or saved" in line
     assert [path.name for path in (tmp_path / "run/captures").iterdir()] == ["epoch-01.safetensors"]
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
     assert checkpoint.name == "epoch-01"
@@ -305,7 +290,7 @@ def test_diverging_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
 def test_a_rate_far_too_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """An absurd learning rate ends with exit code 1 in the first epoch: no capture, no checkpoint, no average."""
     assert train(tmp_path / "run", "--swa.lr_max=1e30") == 1
-    assert "Lower swa.lr_max" in error_line(capsys)
+    assert "lower swa.lr_max" in error_line(capsys)
     assert not any((tmp_path / "run" / name).exists() for name in ("captures", "checkpoints", "averages", "swa.safetensors"))
 
 
@@ -326,7 +311,7 @@ def test_interrupt_in_earnest(tmp_path: Path):
     process = subprocess.Popen(
         [sys.executable, "-m", "imagenet_swa", "train", *flags],
         cwd=PROJECT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

@@ -4,12 +4,9 @@ import re
 import shutil
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 from conftest import QUICK_RUN
 
 from imagenet_swa import session
@@ -20,18 +17,7 @@ CHECKS = ["processes", "DALI", "images", "network", "disk", "batches", "decoding
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads gain nothing on networks this small, and cost a lot where others use the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 class Examined:

@@ -51,6 +51,9 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.0), nn.Linear(4 * 36, NUM_CLASSES))
 
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
+
 @pytest.fixture
 def runtime(tmp_path: Path) -> Runtime:
     return start_runtime(Config(output=tmp_path))

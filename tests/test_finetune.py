@@ -1,7 +1,7 @@
 """Whole runs in this process: what they leave behind, against plain PyTorch, numpy, PIL and the formulas of the paper."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,7 @@ TWO_EPOCHS = ("--swa.num_epochs=2", "--swa.report_epochs=[]")
 GENTLE = ("--swa.lr_max=0.001", "--swa.lr_min=0.0001")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads gain nothing on networks this small, and cost a lot where others use the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    """Accelerate keeps the precision of the first run of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def configure(output: Path, *flags: str) -> Config:
@@ -402,8 +390,7 @@ def test_some_images_for_batchnorm(tmp_path: Path):
 def test_averages_far_below_captures_are_commented_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An average that is far worse than its last capture gets a warning that names BatchNorm statistics and lr_max."""
 
-    def evaluate(self: Session, networks: dict[str, nn.Module]) -> dict[str, Evaluation]:
-        del self
+    def evaluate(_self: Session, networks: dict[str, nn.Module], *_: Any, **__: Any) -> dict[str, Evaluation]:
         right, wrong = np.zeros((4, 5), int), np.ones((4, 5), int)
         labels, log_prob = np.zeros(4, int), np.full(4, -1.0)
         return {name: Evaluation(labels, right if name == "capture" else wrong, log_prob) for name in networks}
@@ -683,3 +670,20 @@ def test_some_of_imagenets_classes_as_folders(tmp_path: Path, real_data: Path, w
     flags = [*REAL_NETWORKS["mobilenet_v2"], weights_flag("mobilenet_v2"), *real_flags(real_data, lists=False)]
     with pytest.raises(InputError, match=r"a subset of ImageNet's 1000.*1000 outputs.*wrong labels; give data.train_list"):
         finetune(parse_config([*flags, f"--output={tmp_path / 'run'}"], "imagenet-swa train", ""))
+
+
+@pytest.mark.parametrize("flag", ["--speed.max_batch_size_per_device=1", "--evaluation.batch_size=1"])
+def test_batchnorm_on_single_images_is_refused(tmp_path: Path, flag: str):
+    """One image has no spread to normalise by: said before the first epoch, where the network has BatchNorm."""
+    with pytest.raises(InputError, match="BatchNorm needs at least 2 images at a time"):
+        finetune(configure(tmp_path / "run", flag))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    finetune(configure(tmp_path / "frozen", flag, "--model.freeze_batchnorm", "--swa.num_epochs=1", "--swa.report_epochs=[1]"))
+
+
+def test_a_batch_that_splits_badly_is_mentioned(tmp_path: Path):
+    """A global batch of 14 in parts of at most 6 means parts of 2: the user hears of it."""
+    flags = ("--global_batch_size=14", "--speed.max_batch_size_per_device=6", "--swa.num_epochs=1", "--swa.report_epochs=[1]")
+    finetune(configure(tmp_path / "run", *flags))
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "warning: BatchNorm will see 2 images at a time where 6 would fit" in log

@@ -19,6 +19,7 @@ from imagenet_swa.config import InputError, ModelConfig, Preprocessing, Preproce
 from imagenet_swa.models import (
     batchnorm_layers,
     canonical_name,
+    check_forward,
     create_network,
     load_pretrained,
     load_weights,
@@ -487,3 +488,33 @@ def test_modes_are_put_back(training: bool, fails: bool):
     except KeyboardInterrupt:
         assert fails
     assert [module.training for module in network.modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "kwargs", "size", "wanted"),
+    [
+        ("timm", "vit_tiny_patch16_224", {}, 32, "does not take images of 3 x 32 x 32"),
+        ("timm", "test_efficientnet", {"in_chans": 1}, 32, "does not take images of 3 x 32 x 32"),
+        ("timm", "test_efficientnet", {"features_only": True}, 32, "returns list for two images, wanted logits"),
+        ("timm", "test_efficientnet", {"global_pool": ""}, 64, "wanted logits|does not take"),
+        ("torchvision", "inception_v3", {}, 75, "wanted logits"),
+    ],
+)
+def test_networks_that_give_no_logits_are_refused(library: Any, name: str, kwargs: dict[str, Any], size: int, wanted: str):
+    """Two images have to become two rows of logits, in both modes, before anything else is done with the network."""
+    model = ModelConfig(library=library, name=name, pretrained=False, num_classes=10, kwargs=kwargs)
+    network = create_network(model)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    with pytest.raises(InputError, match=wanted) as caught:
+        check_forward(network, size, model)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+
+
+def test_trying_a_network_leaves_it_as_it_was():
+    """The trial runs BatchNorm in training mode on a copy: the network's own statistics do not move."""
+    model = ModelConfig(name="test_efficientnet", pretrained=False, num_classes=10)
+    network = create_network(model)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    check_forward(network, 32, model)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())

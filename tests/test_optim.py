@@ -120,13 +120,43 @@ def test_loaded_momentum_owns_its_memory():
     assert all((buffer == 0.5).all() for buffer in saved.values())
 
 
-def test_no_momentum_before_the_first_step():
-    """Parameters without a step have no momentum to save, and nothing is loaded for them."""
-    network = network_of_all_kinds()
-    optimizer = make_sgd(network, OptimizerConfig(), fused=False)
-    assert momentum_buffers(network, optimizer) == {}
-    load_momentum_buffers(network, optimizer, {})
-    assert momentum_buffers(network, optimizer) == {}
+def test_momentum_starts_at_zero():
+    """Before the first step every parameter's momentum is zero, in the parameter's own memory order."""
+    net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    buffers = momentum_buffers(net, make_sgd(net, OptimizerConfig(), fused=True))
+    assert buffers.keys() == dict(net.named_parameters()).keys()
+    for name, parameter in net.named_parameters():
+        assert not buffers[name].any()
+        assert buffers[name].stride() == parameter.stride()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_in_the_first_step_leaves_no_trace(fused):
+    """fp16's loss scaler may skip the very first step; the second one is then the first step of SGD by hand."""
+    torch.manual_seed(0)
+    net = nn.Linear(5, 3)
+    start = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    optimizer = make_sgd(net, OptimizerConfig(momentum=0.9, weight_decay=0.0), fused=fused)
+    set_learning_rate(optimizer, 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for is_overflow in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(net(torch.ones(2, 5)).square().sum()).backward()
+        if is_overflow:
+            for parameter in net.parameters():
+                assert parameter.grad is not None
+                parameter.grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        if is_overflow:
+            assert all(torch.equal(parameter, start[name]) for name, parameter in net.named_parameters())
+    reference = nn.Linear(5, 3)
+    reference.load_state_dict(start)
+    reference(torch.ones(2, 5)).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        gradient = dict(reference.named_parameters())[name].grad
+        assert gradient is not None
+        torch.testing.assert_close(parameter.detach(), start[name] - 0.1 * gradient)
 
 
 def test_network_without_trainable_parameters_is_refused():

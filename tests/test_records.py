@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import QUICK_RUN
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from imagenet_swa.cli import parse_config
 from imagenet_swa.config import Config
 from imagenet_swa.records import Records, memory_mib, write_atomically
 from imagenet_swa.runtime import Runtime, start_runtime
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +210,15 @@ def test_memory_of_the_process():
     status = Path("/proc/self/status").read_text().splitlines()
     kibibytes = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     assert memory_mib(ballast.device) == pytest.approx(kibibytes / 1024, rel=0.01)
+
+
+def test_trackers_tell_networks_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Networks that are evaluated at the same step have a curve each."""
+    runtime = start_runtime(parse_config([*QUICK_RUN, f"--output={tmp_path}"], "", ""))
+    sent: dict[str, float] = {}
+    monkeypatch.setattr(runtime.accelerator, "log", lambda values, **_: sent.update(values))
+    records = Records(tmp_path, runtime)
+    for name, top1 in (("swa", 0.5), ("capture", 0.25)):
+        records.log("evaluation", step=3, name=name, top1=top1)
+    records.log("train", step=3, loss=1.0)
+    assert sent == {"evaluation/swa/top1": 0.5, "evaluation/capture/top1": 0.25, "train/loss": 1.0}

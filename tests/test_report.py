@@ -26,6 +26,8 @@ from imagenet_swa.report import (
     write_report,
 )
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 ENVIRONMENT = {
     "data": {split: {"num_images": 50000, "fingerprint": split + 64 * "f"} for split in ("train", "val")},
     "versions": {"torch": "2.10.0", "timm": "1.0.20"},

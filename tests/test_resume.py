@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,7 @@ class PowerCut(Exception):
     """The machine goes down."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As in the processes that these tests start: sums over threads differ from sums in order in the last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def train(output: Path, *flags: str) -> Path:
@@ -171,6 +160,18 @@ def test_evaluation_cut_in_the_middle_is_repeated(tmp_path: Path, uninterrupted:
     assert json.loads((run / "results.json").read_text()) == of_two_epochs
 
 
+def test_evaluations_are_logged_once(tmp_path: Path, uninterrupted: Path):
+    """metrics.jsonl of a run that was cut in an evaluation has the lines of an uninterrupted run, each once."""
+
+    def evaluations(run: Path) -> list[tuple[int, str]]:
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return [(line["step"], line["name"]) for line in lines if line["kind"] == "evaluation"]
+
+    run = interrupted(tmp_path / "run", 2, "_comment_on_results")
+    train(run)
+    assert evaluations(run) == evaluations(uninterrupted)
+
+
 def test_resumed_run_trains_only_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """After a checkpoint of epoch 2 of 4, two epochs are trained, the third and the fourth."""
     run = saved_by_epoch_2(tmp_path)
@@ -243,7 +244,7 @@ def test_a_killed_process_is_resumed(tmp_path: Path):
     flags = [*QUICK_RUN, *DROPOUT, "--data.synthetic_num_images=[480,40]", "--evaluation.captures=false"]
     run, whole = tmp_path / "run", tmp_path / "whole"
     command = [sys.executable, "-m", "imagenet_swa", "train", *flags, f"--output={run}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         wait_for(run / "checkpoints" / "epoch-02", process)
@@ -393,3 +394,58 @@ def test_half_written_metrics_line(tmp_path: Path, uninterrupted: Path):
         file.write('{"kind": "train", "step": 14, "epoch": 2.3, "lr": 1, "loss": 9}\n{"kind": "train", "st')
     train(run)
     assert_same_results(run, uninterrupted)
+
+
+# ------------------------------------------------------------------------------------------------- files that went missing
+
+
+def test_lost_results_are_made_up_for(tmp_path: Path):
+    """Without results.json a resumed run evaluates the pretrained network again, from the weights in the checkpoint."""
+    run = train(tmp_path / "run")
+    before = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text("[{")  # cut short
+    train(run)
+    after = json.loads((run / "results.json").read_text())
+    assert {(r["name"], r["epoch"]) for r in after} == {
+        ("pretrained", 0),
+        ("capture", 4),
+        ("swa", 4),
+        ("swa_without_pretrained", 4),
+    }
+    assert all(result in before for result in after)
+    log = (run / "train.log").read_text()
+    assert "results.json is damaged" in log
+    assert "the average after epoch 2 was not reported and cannot be made up for" in log
+
+
+def test_a_lost_average_is_made_again(tmp_path: Path):
+    """A finished run whose averages were deleted recomputes those of its last epoch, byte for byte."""
+    run = train(tmp_path / "run")
+    file = run / "averages" / "swa-epoch-04.safetensors"
+    before = file.read_bytes()
+    shutil.rmtree(file.parent)
+    train(run)
+    assert file.read_bytes() == before == (run / "swa.safetensors").read_bytes()
+
+
+def test_a_run_without_its_checkpoints_is_not_overwritten(tmp_path: Path):
+    """Where results lie but nothing to go on from, the same command refuses rather than start over."""
+    run = train(tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.suffix not in (".log",)}
+    with pytest.raises(InputError, match="holds a run but no valid checkpoint to go on from"):
+        train(run)
+    assert {path: path.read_bytes() for path in before} == before
+    shutil.rmtree(tmp_path / "run")
+    train(run, "--swa.num_epochs=1", "--swa.report_epochs=[1]")
+    (run / "swa.safetensors").unlink()
+    (run / "checkpoints" / "epoch-01" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="no valid checkpoint"):
+        train(run, "--swa.num_epochs=1", "--swa.report_epochs=[1]")
+
+
+@pytest.mark.parametrize("flag", ["--batchnorm.num_images=32", "--evaluation.batch_size=8", "--evaluation.precision=bf16"])
+def test_settings_of_the_results_cannot_change_in_a_run(uninterrupted: Path, flag: str):
+    """What decides statistics and accuracies stays as it was, or the records would describe another run."""
+    with pytest.raises(InputError, match=flag[2:].partition("=")[0]):
+        train(uninterrupted, flag)

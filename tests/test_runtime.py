@@ -12,13 +12,21 @@ from typing import cast
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from conftest import run
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imagenet_swa import runtime
 from imagenet_swa.config import Config, EvaluationConfig, InputError, ModelConfig, SpeedConfig
-from imagenet_swa.runtime import Runtime, check_num_processes, check_precision, environment_record, processes_asked_for
+from imagenet_swa.runtime import (
+    Runtime,
+    check_num_processes,
+    check_precision,
+    check_trackers,
+    environment_record,
+    processes_asked_for,
+)
 
 
 def runtime_of_rank(rank: int) -> Runtime:
@@ -291,3 +299,11 @@ def test_the_state_of_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert state() == {"commit": commit, "modified": False}
     source.write_text("x = 2\n")
     assert state() == {"commit": commit, "modified": True}
+
+
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
+    """Accelerate would drop it without a word; the user learns which package is missing."""
+    monkeypatch.setattr(runtime, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    check_trackers(["tensorboard"])
+    with pytest.raises(InputError, match="trackers: wandb is not installed; pip install wandb"):
+        check_trackers(["tensorboard", "wandb"])

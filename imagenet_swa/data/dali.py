@@ -92,20 +92,21 @@ class DaliLoader:
                 yield self._fields(mode, indices, epoch)
 
         pipeline = self._build(mode, source(), max(map(len, batches)))
+        # On a GPU, DALI's output and its copy belong to torch's stream: each waits for the other there, not on the host.
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         for _ in batches:
             try:
-                (images,) = pipeline.run()
+                (images,) = pipeline.run(stream)
             except (RuntimeError, OSError) as error:
                 # DALI would go on with the next batch without a word; this pipeline is not used again.
                 self._name_the_culprit(mode, [i for indices in in_flight for i in indices], epoch, error)
             indices = in_flight.popleft()
-            yield Batch(self._to_torch(images), labels_on(self._device, self.index.labels[indices]), indices)
+            yield Batch(self._to_torch(images, stream), labels_on(self._device, self.index.labels[indices]), indices)
 
-    def _to_torch(self, images: Any) -> torch.Tensor:
+    def _to_torch(self, images: Any, stream: torch.cuda.Stream | None) -> torch.Tensor:
         """A copy of DALI's output, whose memory the next run overwrites, as (n, 3, H, W)."""
         tensor = images.as_tensor()
         result = torch.empty(tensor.shape(), dtype=torch.float32, device=self._device)
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         feed_ndarray(tensor, result, cuda_stream=stream)
         return result.permute(0, 3, 1, 2) if self._channels_last else result
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, functional
 
@@ -73,6 +73,12 @@ class TorchvisionLoader:
         return Batch(images, labels_on(self._device, self.index.labels[indices]), indices)
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    return str((isinstance(error, OSError) and error.strerror) or error)
+
+
 class _Decoded(Dataset[torch.Tensor | BadImageError]):
     """Item k is batch k as uint8 pixels (n, H, W, 3), or the error that a file in it raised."""
 
@@ -93,7 +99,7 @@ class _Decoded(Dataset[torch.Tensor | BadImageError]):
                 with Image.open(path, formats=FORMATS) as file:
                     image = file.convert("RGB")
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                return BadImageError(path, str(error).replace(repr(path), "the file"))
+                return BadImageError(path, _reason(error))
             images.append(self._training_pixels(image, i) if self._mode == "train" else self._evaluation_pixels(image))
         return torch.from_numpy(np.stack(images))
 
