@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from imagenet_swa.config import InputError, to_plain
 from imagenet_swa.records import write_atomically
 
 MANIFEST = "manifest.json"
@@ -102,6 +103,15 @@ def load_snapshot(path: Path) -> Snapshot:
         momentum=load_file(path / "momentum.safetensors"),
         average=load_file(path / "average.safetensors"),
     )
+
+
+def check_same_run(progress: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise InputError where a checkpoint's run and the present one differ in what decides the results."""
+    saved = progress["identity"]
+    changed = [key for key in identity if saved.get(key) != to_plain(identity[key])]
+    if changed:
+        what = "; ".join(f"{key} was {saved.get(key)}, is {to_plain(identity[key])}" for key in changed[:4])
+        raise InputError(f"the checkpoint belongs to another run: {what}; restore the old settings, or choose another output")
 
 
 def what_is_wrong(path: Path) -> str | None:

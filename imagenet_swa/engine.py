@@ -114,6 +114,30 @@ def make_plan(config: Config, *, num_images: int, world_size: int) -> Plan:
     )
 
 
+def check_batches(plan: Plan, config: Config, network: nn.Module) -> str | None:
+    """What is unwise about the sizes of the batches that BatchNorm will see, None if nothing.
+
+    Raises:
+        InputError: single images, which have no spread to normalise by.
+    """
+    if config.model.freeze_batchnorm or not batchnorm_layers(network):
+        return None
+    most = config.speed.max_batch_size_per_device
+    if min(plan.batch_size_per_device, config.evaluation.batch_size) < 2:
+        raise InputError(
+            f"BatchNorm needs at least 2 images at a time, got {plan.batch_size_per_device} in training and "
+            f"{config.evaluation.batch_size} in evaluation; change global_batch_size, speed.max_batch_size_per_device "
+            f"(now {most}) or evaluation.batch_size"
+        )
+    possible = min(plan.batch_size_per_device * plan.num_accumulation, most)
+    if plan.batch_size_per_device >= possible // 2:
+        return None
+    return (
+        f"BatchNorm will see {plan.batch_size_per_device} images at a time where {possible} would fit; "
+        "a global_batch_size with more divisors allows larger parts"
+    )
+
+
 def train_one_epoch(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,

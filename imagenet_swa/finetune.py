@@ -14,10 +14,10 @@ from torch import nn
 
 from imagenet_swa.averaging import WeightAverage, capture_weights
 from imagenet_swa.batchnorm import mean_over_ranks, recompute_statistics
-from imagenet_swa.checkpoint import Checkpoints, Snapshot, copy_atomically, load_snapshot, save_weights
+from imagenet_swa.checkpoint import Checkpoints, Snapshot, check_same_run, copy_atomically, load_snapshot, save_weights
 from imagenet_swa.config import Config, InputError, to_plain
 from imagenet_swa.data.sampling import statistics_batches
-from imagenet_swa.engine import Plan, make_plan, train_one_epoch
+from imagenet_swa.engine import Plan, check_batches, make_plan, train_one_epoch
 from imagenet_swa.models import Weights, batchnorm_layers, load_weights
 from imagenet_swa.optim import load_momentum_buffers, make_sgd, momentum_buffers
 from imagenet_swa.records import Records, write_atomically
@@ -72,7 +72,8 @@ class Run:
         records = Records(config.output, session.runtime)
         session.runtime.accelerator.init_trackers("imagenet_swa", config={"seed": config.seed})
         run = cls(session, records)
-        run._check_batches()
+        if warning := check_batches(run.plan, config, run.network):
+            records.say(f"warning: {warning}")
         snapshot = run._newest_snapshot()
         run._introduce(snapshot)
         if snapshot is not None:
@@ -106,27 +107,9 @@ class Run:
             )
         return None
 
-    def _check_batches(self) -> None:
-        """BatchNorm cannot train on one image at a time, and poorly on very few."""
-        if self.config.model.freeze_batchnorm or not batchnorm_layers(self.network):
-            return
-        plan, most = self.plan, self.config.speed.max_batch_size_per_device
-        if min(plan.batch_size_per_device, self.config.evaluation.batch_size) < 2:
-            raise InputError(
-                f"BatchNorm needs at least 2 images at a time, got {plan.batch_size_per_device} in training and "
-                f"{self.config.evaluation.batch_size} in evaluation; change global_batch_size, speed.max_batch_size_per_device "
-                f"(now {most}) or evaluation.batch_size"
-            )
-        possible = min(plan.batch_size_per_device * plan.num_accumulation, most)
-        if plan.batch_size_per_device < possible // 2:
-            self.records.say(
-                f"warning: BatchNorm will see {plan.batch_size_per_device} images at a time where {possible} would fit; "
-                "a global_batch_size with more divisors allows larger parts"
-            )
-
     def _restore(self, snapshot: Snapshot) -> None:
         progress = snapshot.progress
-        _check_same_run(progress, self._identity())
+        check_same_run(progress, self._identity())
         load_weights(self.network, snapshot.weights, "the checkpoint")
         load_momentum_buffers(self.network, _bare(self.optimizer), snapshot.momentum)
         self.average.load_state(snapshot.average, progress["num_averaged"])
@@ -304,12 +287,9 @@ class Run:
     # -------------------------------------------------------------------------------------------- words for people
 
     def _introduce(self, snapshot: Snapshot | None) -> None:
-        session, config = self.session, self.config
-        train, val = session.indices
-        self.records.say(f"network: {config.model.library} {config.model.name}, weights {_weights_in_words(config)}")
-        self.records.say(f"preprocessing: {session.preprocessing.describe()}")
-        self.records.say(f"images: {len(train):,} for training, {len(val):,} for validation; decoded by {_decoder(config)}")
-        self.records.say(f"batches: {self.plan.describe()}; device {self.runtime.device}, {config.speed.precision}")
+        for line in self.session.describe():
+            self.records.say(line)
+        self.records.say(f"batches: {self.plan.describe()}; device {self.runtime.device}, {self.config.speed.precision}")
         if snapshot is not None:
             before = snapshot.progress["world_size"]
             note = (
@@ -334,18 +314,17 @@ class Run:
     def _comment_on_results(self) -> None:
         latest = {result["name"]: result["top1"] for result in self.results if result["epoch"] == self.epoch}
         if "pretrained" in latest:
-            self.records.say(compare_with_published(self.config, self.session.preprocessing, latest["pretrained"], self.num_val))
+            self.records.say(
+                compare_with_published(
+                    self.config, self.session.preprocessing, latest["pretrained"], len(self.session.indices[1])
+                )
+            )
         if "swa" in latest and latest["swa"] < latest["capture"] - 0.1:
             self.records.say(
                 f"warning: the average is {100 * (latest['capture'] - latest['swa']):.1f} points below its last capture. "
                 "Averaged weights with unfit BatchNorm statistics look like this (is batchnorm.num_images too small?); "
                 "so do captures too far apart to be averaged (is swa.lr_max too large?)"
             )
-
-    @property
-    def num_val(self) -> int:
-        """Number of validation images."""
-        return len(self.session.indices[1])
 
 
 def _claim_folder(config: Config, runtime: Runtime) -> None:
@@ -361,14 +340,6 @@ def _claim_folder(config: Config, runtime: Runtime) -> None:
     runtime.barrier()
 
 
-def _check_same_run(progress: dict[str, Any], identity: dict[str, Any]) -> None:
-    saved = progress["identity"]
-    changed = [key for key in identity if saved.get(key) != to_plain(identity[key])]
-    if changed:
-        what = "; ".join(f"{key} was {saved.get(key)}, is {to_plain(identity[key])}" for key in changed[:4])
-        raise InputError(f"the checkpoint belongs to another run: {what}; restore the old settings, or choose another output")
-
-
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside Accelerate's wrapper."""
     return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
@@ -377,13 +348,3 @@ def _bare(optimizer: Any) -> torch.optim.Optimizer:
 def _label(name: str, epoch: int) -> str:
     """File and line name of an evaluated network."""
     return name if name == "pretrained" else f"{name.replace('_', '-')}-epoch-{epoch:02d}"
-
-
-def _weights_in_words(config: Config) -> str:
-    if config.model.weights is not None:
-        return str(config.model.weights)
-    return "by that name" if config.model.pretrained else "random"
-
-
-def _decoder(config: Config) -> str:
-    return "nobody (synthetic)" if config.data.synthetic else config.data.backend

@@ -42,6 +42,18 @@ class Session:
         check_forward(network, preprocessing.image_size, config.model)
         return cls(config, runtime, indices, network, preprocessing, build_loaders(config, indices, preprocessing, runtime))
 
+    def describe(self) -> list[str]:
+        """Network, preprocessing and images, a line each."""
+        model, data = self.config.model, self.config.data
+        weights = model.weights or ("by that name" if model.pretrained else "random")
+        num_train, num_val = map(len, self.indices)
+        return [
+            f"network: {model.library} {model.name}, weights {weights}",
+            f"preprocessing: {self.preprocessing.describe()}",
+            f"images: {num_train:,} for training, {num_val:,} for validation; "
+            + ("made up" if data.synthetic else f"decoded by {data.backend}"),
+        ]
+
     def network_with(self, weights: Weights) -> nn.Module:
         """A fresh network on the device: one that Accelerate prepared would run in training's arithmetic."""
         network = copy.deepcopy(self.network)

@@ -529,8 +529,7 @@ OTHER_VALUES = {
 # What may change between the two halves of a run without changing its training.
 FREE_TO_CHANGE = {
     *("output", "resume", "checkpoints_to_keep", "log_every", "trackers", "data.num_workers", "data.prefetch"),
-    *("swa.include_pretrained", "swa.report_epochs", "batchnorm.num_images"),
-    *("evaluation.batch_size", "evaluation.precision", "evaluation.captures"),
+    *("swa.include_pretrained", "swa.report_epochs", "evaluation.captures"),
 }
 
 

@@ -581,7 +581,7 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path):
     events.Reload()
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert losses == [(line["step"], pytest.approx(line["loss"])) for line in metrics_of(run, "train")]
-    assert "evaluation/top1" in events.Tags()["scalars"]
+    assert {"evaluation/swa/top1", "evaluation/capture/top1"} <= set(events.Tags()["scalars"])
 
 
 # ------------------------------------------------------------------------------------------------------ refusals

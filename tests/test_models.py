@@ -497,7 +497,8 @@ def test_modes_are_put_back(training: bool, fails: bool):
         ("timm", "test_efficientnet", {"in_chans": 1}, 32, "does not take images of 3 x 32 x 32"),
         ("timm", "test_efficientnet", {"features_only": True}, 32, "returns list for two images, wanted logits"),
         ("timm", "test_efficientnet", {"global_pool": ""}, 64, "wanted logits|does not take"),
-        ("torchvision", "inception_v3", {}, 75, "wanted logits"),
+        ("torchvision", "inception_v3", {}, 75, "in training: Given input size"),
+        ("torchvision", "googlenet", {}, 64, "returns GoogLeNetOutputs for two images, wanted logits"),
     ],
 )
 def test_networks_that_give_no_logits_are_refused(library: Any, name: str, kwargs: dict[str, Any], size: int, wanted: str):

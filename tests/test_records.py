@@ -67,7 +67,7 @@ def test_trackers_get_the_numbers(tmp_path: Path, runtime: Runtime, other_rank: 
     monkeypatch.setattr(runtime.accelerator, "log", lambda values, step: seen.append((values, step)))
     for rank in (runtime, other_rank):
         Records(tmp_path, rank).log("evaluation", step=7, name="swa", top1=0.5, num_images=40)
-    assert seen == [({"evaluation/top1": 0.5, "evaluation/num_images": 40}, 7)] * 2
+    assert seen == [({"evaluation/swa/top1": 0.5, "evaluation/swa/num_images": 40}, 7)] * 2
 
 
 def write_lines(folder: Path, steps: list[int], tail: str = "") -> None:

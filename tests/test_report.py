@@ -167,8 +167,8 @@ def test_report_tells_how_it_was_made(tmp_path: Path):
     for words in (
         "# resnet50.tv_in1k: 10 epochs of SWA fine-tuning",
         "50,000 validation images, each counted once",
-        "cyclical, 0.001 to 1e-05, cycle 1 epochs; global batch 256, seed 7",
-        "NVIDIA H100, NVIDIA H100; 2 processes; torch 2.10.0, timm 1.0.20",
+        "cyclical, 0.001 to 1e-05, epochs per cycle: 1; global batch 256, seed 7",
+        "NVIDIA H100, NVIDIA H100; processes: 2; torch 2.10.0, timm 1.0.20",
         "training images: 50,000, fingerprint trainfffffffffff;",
     ):
         assert words in text
