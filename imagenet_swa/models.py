@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import logging
 import math
 import pickle
 import re
@@ -67,6 +68,8 @@ def load_pretrained(model: ModelConfig) -> nn.Module:
 
 
 def _from_timm(model: ModelConfig) -> nn.Module:
+    # Without a network the hub's client reports every one of its retries; one line at the end says it all.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return timm.create_model(model.name, pretrained=True, num_classes=model.num_classes, **model.kwargs)
     except Exception as error:  # each download library raises its own
