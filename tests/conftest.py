@@ -5,10 +5,11 @@ train.txt, val.txt) and `get_weights.py`, which writes mobilenet_v2.torchvision.
 tf_efficientnet_lite0.timm.safetensors; by default `../shared/data` beside the project.
 """
 
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +137,21 @@ def run(
         out, err = process.communicate()
         pytest.fail(f"{command} still ran after {timeout} s\n{out[-2000:]}\n{err[-4000:]}")
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def run_ranks(work: Callable[[int, Path], None], num_ranks: int, folder: Path) -> None:
+    """Call `work(rank, folder)` in a process of its own for each rank; fails unless all end well within 90 seconds."""
+    context = multiprocessing.get_context("forkserver")  # imports torch once, for all ranks
+    context.set_forkserver_preload(["imagenet_swa.batchnorm", "imagenet_swa.evaluate"])
+    processes = [context.Process(target=work, args=(rank, folder)) for rank in range(num_ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=90)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * num_ranks, "a rank failed or hung (None); see the captured output"
 
 
 # Flags of a run that takes seconds on a CPU, without any data: 24 steps of a network with 13 BatchNorm layers.

@@ -1,7 +1,6 @@
 """BatchNorm statistics against numpy over all the data at once, on one process and on several."""
 
 import copy
-import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import pairwise
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -484,18 +484,7 @@ def _set_statistics(network: nn.Module, rank: int) -> None:
 def from_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that three real processes wrote."""
     folder = tmp_path_factory.mktemp("ranks")
-    # A fork server imports torch once, for all ranks.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["imagenet_swa.batchnorm", "imagenet_swa.evaluate"])
-    processes = [context.Process(target=_work_as_rank, args=(rank, folder)) for rank in range(NUM_RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=90)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * NUM_RANKS, "a rank failed or hung (None); see the captured output"
+    run_ranks(_work_as_rank, NUM_RANKS, folder)
     return folder
 
 

@@ -1,7 +1,6 @@
 """Top-1, top-5 and NLL against numpy, each image once, whatever the ranks and the batches."""
 
 import copy
-import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -260,17 +260,7 @@ def _work_as_rank(rank: int, folder: Path) -> None:
 
 def test_real_processes_agree_with_one(tmp_path: Path) -> None:
     """Two and three gloo processes have one process's results, to the last bit, on every rank."""
-    context = multiprocessing.get_context("forkserver")  # imports torch once, for all ranks
-    context.set_forkserver_preload(["imagenet_swa.batchnorm", "imagenet_swa.evaluate"])
-    processes = [context.Process(target=_work_as_rank, args=(rank, tmp_path)) for rank in range(NUM_RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=90)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * NUM_RANKS, "a rank failed or hung (None); see the captured output"
+    run_ranks(_work_as_rank, NUM_RANKS, tmp_path)
     alone = evaluate_alone(LOGITS, LABELS, [list(range(23))])
     for world_size in (2, 3):
         for rank in range(world_size):
