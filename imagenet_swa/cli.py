@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from imagenet_swa import __version__
-from imagenet_swa.config import Config, InputError, require
+from imagenet_swa.config import Config, InputError, TrainingError, require
 
 USAGE = f"""imagenet-swa {__version__}: make pretrained ImageNet networks better by Stochastic Weight Averaging
 
@@ -55,9 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         where = f" ({error.filename})" if error.filename else ""
         return _fail(1, f"{error.strerror}{where}; checkpoints already written are whole, and the same command goes on from them")
-    except Exception as error:
-        if type(error).__name__ != "TrainingError":
-            raise
+    except TrainingError as error:
         return _fail(1, str(error))
 
 

@@ -17,6 +17,10 @@ class InputError(ValueError):
     concerns_one_rank = False  # whether other ranks may not know, so that this rank has to say it
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on. The message is one line for people."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `InputError(message)` unless the condition holds."""
     if not condition:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from imagenet_swa.config import Config, InputError, SwaConfig
+from imagenet_swa.config import Config, InputError, SwaConfig, TrainingError
 from imagenet_swa.data.batch import Batch, ImageLoader
 from imagenet_swa.data.sampling import Indices, split_global_batch, training_batches
 from imagenet_swa.models import batchnorm_layers
@@ -22,10 +22,6 @@ from imagenet_swa.schedule import is_capture, learning_rate
 _WAY_OUT = (
     "nothing of it was averaged or saved. Start again with a lower swa.lr_max or another speed.precision, into another output"
 )
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line for people."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from imagenet_swa.config import Config, InputError, ModelConfig, SpeedConfig, SwaConfig
+from imagenet_swa.config import Config, InputError, ModelConfig, SpeedConfig, SwaConfig, TrainingError
 from imagenet_swa.data.batch import Batch
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.sampling import Indices
 from imagenet_swa.data.synthetic import synthetic_index
-from imagenet_swa.engine import Plan, TrainingError, make_plan, train_one_epoch
+from imagenet_swa.engine import Plan, make_plan, train_one_epoch
 from imagenet_swa.optim import make_sgd
 from imagenet_swa.records import Records
 from imagenet_swa.runtime import Runtime, start_runtime
