@@ -307,7 +307,7 @@ class Config:
         require(self.checkpoints_to_keep >= 1, f"checkpoints_to_keep must be at least 1, got {self.checkpoints_to_keep}")
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that decide the final weights, flattened to `section.field`: a resumed run must agree in them."""
+        """The settings that decide weights and results, flattened to `section.field`: a resumed run must agree in them."""
         flat = flatten(to_plain(self))
         free = ("output", "resume", "checkpoints_to_keep", "log_every", "trackers", "evaluation.captures")
         free += ("data.num_workers", "data.prefetch", "swa.report_epochs", "swa.include_pretrained")

@@ -196,8 +196,6 @@ def _train_one_step(
         is_last = part + 1 == plan.num_accumulation
         with nullcontext() if is_last else runtime.accelerator.no_sync(network):
             logits = network(batch.images)
-            if not isinstance(logits, torch.Tensor):
-                raise InputError(f"the network returns {type(logits).__name__}, wanted logits (images, classes)")
             summed = F.cross_entropy(
                 logits.float(), batch.labels, reduction="sum", label_smoothing=config.optimizer.label_smoothing
             )

@@ -120,7 +120,7 @@ class Run:
         found = self.runtime.from_main(self._saved_results() if self.runtime.is_main else None)
         self.results = [result for result in found if result["epoch"] <= self.epoch]
         reported = {result["epoch"] for result in self.results if result["name"] == "swa"}
-        for epoch in set(self.config.swa.epochs_to_report) - reported:
+        for epoch in sorted(set(self.config.swa.epochs_to_report) - reported):
             if epoch < self.epoch:
                 self.records.say(f"warning: the average after epoch {epoch} was not reported and cannot be made up for")
 

@@ -238,20 +238,3 @@ def test_weights_that_are_not_finite(tmp_path: Path, runtime: Runtime):
         train(tmp_path, runtime, config, net)
     (line,) = lines_of(tmp_path)
     assert math.isfinite(line["loss"])
-
-
-class Tuple(nn.Module):
-    """Answers like networks with auxiliary outputs do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(1, 1)
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return images, images
-
-
-def test_network_with_other_outputs(tmp_path: Path, runtime: Runtime):
-    """A network that returns something else than logits is refused with what it returned."""
-    with pytest.raises(InputError, match=r"the network returns tuple, wanted logits \(images, classes\)"):
-        train(tmp_path, runtime, settings(), Tuple())
