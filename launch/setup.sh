@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
 # Sourced by demo.sh and test.sh:  setup EXTRAS
 # Makes .venv beside the project once and installs the project into it with the extras and the DALI build that fits torch.
-# A second call finds the stamp of the same pyproject.toml and returns at once. PYTHON names another interpreter.
+# A second call finds the stamp of the same pyproject.toml and C sources and returns at once. PYTHON names another interpreter.
+
+what_is_installed() {
+    # shellcheck disable=SC2154  # the script that sources this file sets it
+    cat "$project/pyproject.toml" "$project"/imagenet_swa/data/native/*.c
+}
 
 setup() {
     local extras=$1 python=${PYTHON:-python3} stamp
@@ -11,7 +16,7 @@ setup() {
         echo "setup: wanted Python 3.11 or newer, got '$("$python" --version 2>&1)'; set PYTHON to a newer interpreter" >&2
         return 2
     fi
-    if [ -f "$stamp" ] && cmp -s "$stamp" "$project/pyproject.toml"; then
+    if [ -f "$stamp" ] && what_is_installed | cmp -s - "$stamp"; then
         return 0
     fi
     echo "setup: installing into $project/.venv (torch's CUDA build is several GB; a few minutes)" >&2
@@ -26,5 +31,8 @@ setup() {
     if ! "$python" -m pip install --quiet --disable-pip-version-check --editable "${project}[dali-cuda$cuda]"; then
         echo "setup: no DALI for this platform; going on with the torchvision loader" >&2
     fi
-    cp "$project/pyproject.toml" "$stamp"
+    if ! "$python" -c 'from imagenet_swa.data.native import library; exit(library() is None)'; then
+        echo "setup: no C compiler, so DALI resizes and restart markers are not used: slower, otherwise the same" >&2
+    fi
+    what_is_installed >"$stamp"
 }
