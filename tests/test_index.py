@@ -1,32 +1,30 @@
-"""Lists of images against torchvision's ImageFolder, list files with every fault, and class orders that cannot be right."""
+"""The index itself: fingerprints, its file damaged at any byte, images left out, and class orders that cannot be right."""
 
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.datasets import ImageFolder
 
 from imagenet_swa.config import InputError
-from imagenet_swa.data import imagenet
-from imagenet_swa.data.index import ImageIndex, check_classes, check_same_classes, index_folder, index_list
-
-
-def make_files(root: Path, *names: str) -> Path:
-    """Empty files: an index looks at names only."""
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
-
-
-def samples_of(index: ImageIndex) -> list[tuple[str, int]]:
-    return [(index.path(i), int(index.labels[i])) for i in range(len(index))]
+from imagenet_swa.data import imagenet, storage
+from imagenet_swa.data.index import (
+    ImageIndex,
+    Location,
+    check_classes,
+    check_labels,
+    check_same_classes,
+    load_index,
+    make_index,
+    save_index,
+)
 
 
 def one_line(call: Callable[..., object], *arguments: object) -> str:
@@ -39,202 +37,33 @@ def one_line(call: Callable[..., object], *arguments: object) -> str:
     return message
 
 
-# -------------------------------------------------------------------------------------------------------- folders
+def made_index(
+    root: str, names: list[bytes], labels: list[int], classes: tuple[str, ...] | None = None, sizes: list[int] | None = None
+) -> ImageIndex:
+    return make_index(root, names, labels, sizes if sizes is not None else [10] * len(names), classes)
 
 
-def test_folder_is_read_as_torchvision_reads_it(tmp_path: Path):
-    """Paths, labels, classes and their order are ImageFolder's: nested folders, upper case, spaces, other files and alphabets."""
-    make_files(
-        tmp_path,
-        *("b/1.jpg", "b/10.JPEG", "b/2.Png", "b/deep/a.webp", "b/deep/deeper/z.tif", "b/a/a.bmp", "b/zz.ppm"),
-        *("b/notes.txt", "b/picture.jpg.bak", "b/no_extension", "b/.hidden.jpg", "b/.jpg", "b/with.dots.pgm", "b/gif.gif"),
-        *("Class with spaces/image one.jpeg", "Class with spaces/ two.tiff", "été/naïve.jpg", "été/日本.jpg", "A/x.jpg"),
-        *("readme.txt", "stray.jpg"),
-    )
-    (tmp_path / "linked").symlink_to(tmp_path / "b", target_is_directory=True)
-    (tmp_path / "A" / "inner link").symlink_to(tmp_path / "été", target_is_directory=True)
-    index = index_folder(tmp_path)
-    reference = ImageFolder(str(tmp_path))
-    assert samples_of(index) == reference.samples
-    assert list(index.classes or ()) == reference.classes
-    assert len(index) == len(reference) == 27
-
-
-PARTS = st.text(st.sampled_from("abAB0 .-_é"), min_size=1, max_size=4).filter(lambda part: part not in (".", ".."))
-ENDINGS = st.sampled_from([".jpg", ".JPG", ".jpeg", ".png", ".txt", "", ".jpg.txt", ".tar"])
-FILES = st.tuples(PARTS, st.lists(PARTS, max_size=2), PARTS, ENDINGS)
-
-
-@settings(deadline=None, max_examples=60)
-@given(files=st.lists(FILES, min_size=1, max_size=12))
-def test_any_folder_is_read_as_torchvision_reads_it(
-    tmp_path_factory: pytest.TempPathFactory, files: list[tuple[str, list[str], str, str]]
-):
-    """Whatever lies below the class folders, the samples are ImageFolder's, or both refuse the folder."""
-    root = tmp_path_factory.mktemp("tree")
-    for class_name, folders, stem, ending in files:
-        path = root.joinpath(class_name, *folders, stem + ending)
-        if not any(parent.is_file() for parent in path.parents) and not path.exists():
-            make_files(root, str(path))
-    try:
-        reference = ImageFolder(str(root))
-    except FileNotFoundError:
-        assert "no images for" in one_line(index_folder, root) or "no sub-folders" in one_line(index_folder, root)
-    else:
-        index = index_folder(root)
-        assert samples_of(index) == reference.samples
-        assert list(index.classes or ()) == reference.classes
-
-
-def test_names_that_are_not_utf8(tmp_path: Path):
-    """File names of any bytes are kept, and the path opens the file."""
-    folder = os.fsencode(tmp_path / "class")
-    Path(os.fsdecode(folder)).mkdir()
-    with open(folder + b"/\xff\xfe.jpg", "wb") as file:  # noqa: PTH123 - a path of bytes
-        file.write(b"content")
-    index = index_folder(tmp_path)
-    assert Path(index.path(0)).read_bytes() == b"content"
-
-
-def test_class_without_images_is_refused(tmp_path: Path):
-    """Empty class folders are counted and the first is named: they would shift no label, but the data are not complete."""
-    make_files(tmp_path, "ant/1.jpg", "bee/notes.txt", "cat/2.jpg")
-    (tmp_path / "dog").mkdir()
-    message = one_line(index_folder, tmp_path)
-    assert "no images for 2 of 4 classes, the first is 'bee'" in message
-    assert str(tmp_path) in message
-
-
-def test_folder_without_class_folders_is_refused(tmp_path: Path):
-    """A missing folder, a file, and a folder of images without classes are refused with what was wanted."""
-    make_files(tmp_path / "flat", "1.jpg", "2.jpg")
-    assert "no such folder" in one_line(index_folder, tmp_path / "nowhere")
-    assert "no such folder" in one_line(index_folder, tmp_path / "flat" / "1.jpg")
-    assert "has no sub-folders; wanted one per class" in one_line(index_folder, tmp_path / "flat")
-
-
-# ---------------------------------------------------------------------------------------------------------- lists
-
-
-def write_list(folder: Path, content: bytes) -> Path:
-    file = folder / "list.txt"
-    file.write_bytes(content)
-    return file
-
-
-def test_list_gives_paths_and_labels_in_its_order(tmp_path: Path):
-    """A list's order and labels are kept; paths may hold spaces, repeat, or be absolute; blank lines do not count."""
-    make_files(tmp_path, "a.jpg", "two words/b c.jpg", "été.jpg")
-    elsewhere = make_files(tmp_path / "other", "d.jpg") / "d.jpg"
-    lines = f"\ntwo words/b c.jpg 2\n\n   \na.jpg 0\r\nété.jpg  007\n\ta.jpg 1 \n{elsewhere} 9"
-    index = index_list(write_list(tmp_path, lines.encode()), tmp_path, 10)
-    wanted = [("two words/b c.jpg", 2), ("a.jpg", 0), ("été.jpg", 7), ("a.jpg", 1), (str(elsewhere), 9)]
-    assert samples_of(index) == [(str(tmp_path / name), label) for name, label in wanted]
-    assert index.labels.dtype == np.int64
-    assert index.classes is None
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b"a.jpg", "wanted `path label`, got 'a.jpg'"),
-        (b"5", "wanted `path label`, got '5'"),
-        (b" 5", "wanted `path label`"),
-        (b"a.jpg five", "wanted `path label`, got 'a.jpg five'"),
-        (b"a.jpg 1.0", "wanted `path label`"),
-        (b"a.jpg -1", "wanted `path label`, got 'a.jpg -1'"),
-        (b"a.jpg +1", "wanted `path label`"),
-        (b"a.jpg\t1", "wanted `path label`"),
-        (b"a.jpg,1", "wanted `path label`"),
-        ("a.jpg ٣".encode(), "wanted `path label`"),
-        ("a.jpg ²".encode(), "wanted `path label`"),
-        (b"a.jpg 10", r"label '10' is not in 0..9 (model.num_classes)"),
-        (b"a.jpg 99999999999999999999999999", "is not in 0..9"),
-        (b"a.jpg " + b"9" * 5000, "is not in 0..9"),
-        (b"x" * 1_000_000, "wanted `path label`, got 'xxxx"),
-        (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "wanted `path label`"),
-    ],
-    ids=lambda value: repr(value[:20]) if isinstance(value, bytes) else "",
-)
-def test_unusable_line_is_refused_with_its_number(tmp_path: Path, line: bytes, reason: str):
-    """A line of another form or with a label that the network has not is shown, shortened, with file and line number."""
-    make_files(tmp_path, "a.jpg")
-    file = write_list(tmp_path, b"a.jpg 0\n\n" + line + b"\na.jpg 1\n")
-    message = one_line(index_list, file, tmp_path, 10)
-    assert f"{file}:3: " in message
-    assert reason in message
-
-
-@settings(deadline=None, max_examples=200)
-@given(content=st.binary(max_size=60) | st.lists(st.sampled_from([b"a.jpg", b" ", b"1", b"99", b"\n", b"-"])).map(b"".join))
-@example(content=b"a.jpg 1\x0ba.jpg 1")
-def test_any_bytes_are_a_list_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes):
-    """Whatever a file holds, it is either a list whose images are there and labels in range, or refused in one line."""
-    root = make_files(tmp_path_factory.getbasetemp() / "any", "a.jpg")
-    file = write_list(root, content)
-    try:
-        index = index_list(file, root, 10)
-    except InputError as error:
-        assert "\n" not in str(error)
-        assert "\r" not in str(error)
-    else:
-        assert 0 <= index.labels.min() <= index.labels.max() < 10
-        assert os.path.isfile(index.path(0))
-        assert os.path.isfile(index.path(len(index) - 1))
-
-
-def test_list_that_names_a_missing_file_is_refused(tmp_path: Path):
-    """The first or last image that is not there is named, with the folder that the paths start from."""
-    make_files(tmp_path, "a.jpg")
-    for lines in (b"gone.jpg 0\na.jpg 1\n", b"a.jpg 1\ngone.jpg 0\n"):
-        message = one_line(index_list, write_list(tmp_path, lines), tmp_path, 10)
-        assert f"names {tmp_path / 'gone.jpg'}, which is not there; its paths start from {tmp_path}" in message
-
-
-def test_empty_or_unreadable_list_is_refused(tmp_path: Path):
-    """A list without a line, one that does not exist and a folder are refused by name."""
-    for content in (b"", b"\n\n  \n"):
-        assert "lists no images" in one_line(index_list, write_list(tmp_path, content), tmp_path, 10)
-    assert "No such file" in one_line(index_list, tmp_path / "nowhere.txt", tmp_path, 10)
-    assert "Is a directory" in one_line(index_list, tmp_path, tmp_path, 10)
-
-
-@pytest.mark.realdata
-def test_real_lists(real_data: Path):
-    """The lists of real images are read whole, with the labels that their folders' WordNet ids have among all 1,000."""
-    for split, num_images in (("train", 154), ("val", 260)):
-        index = index_list(real_data / f"{split}.txt", real_data / split, imagenet.NUM_CLASSES)
-        assert len(index) == num_images
-        for path, label in samples_of(index):
-            assert Path(path).is_file()
-            assert imagenet.synsets()[label] == Path(path).parent.name
-
-
-@pytest.mark.realdata
-def test_real_subset_as_folders_is_refused(real_data: Path):
-    """Some of ImageNet's classes as folders would be numbered anew: refused, with the way out."""
-    message = one_line(check_classes, index_folder(real_data / "train"), "train", 1000)
-    assert "154 class folders, a subset of ImageNet's 1000" in message
-    assert "give data.train_list" in message
+def in_shards(index: ImageIndex, numbers: list[int]) -> ImageIndex:
+    """The same images, in shards of these numbers, one after the other."""
+    offsets = 512 + np.cumsum(index.sizes)
+    shards = tuple(f"{number}.tar" for number in range(max(numbers, default=0) + 1))
+    return replace(index, shards=shards, shard_numbers=np.array(numbers, np.int32), offsets=offsets)
 
 
 # ---------------------------------------------------------------------------------------------------- fingerprints
 
 
-def made_index(root: str, paths: list[bytes], labels: list[int], classes: tuple[str, ...] | None = None) -> ImageIndex:
-    return ImageIndex(
-        root=Path(root), relative_paths=pa.array(paths, pa.large_binary()), labels=np.array(labels, np.int64), classes=classes
-    )
-
-
-def test_fingerprint_follows_names_labels_and_order():
-    """Another name, label, order or number of images is another fingerprint; where they lie or how they were listed is not."""
-    original = made_index("/a", [b"x/1", b"y/2", b"y/3"], [0, 1, 1]).fingerprint()
+def test_fingerprint_follows_names_labels_sizes_and_order():
+    """Another name, label, size, order or number is another fingerprint; the root, class names and shards are not."""
+    original = made_index("/a", [b"x/1", b"y/2", b"y/3"], [0, 1, 1])
     same = [
         made_index("/elsewhere", [b"x/1", b"y/2", b"y/3"], [0, 1, 1]),
         made_index("/a", [b"x/1", b"y/2", b"y/3"], [0, 1, 1], classes=("x", "y")),
+        in_shards(original, [0, 0, 0]),
+        in_shards(original, [0, 1, 2]),
+        replace(original, names=pa.array([b"gone", b"x/1", b"y/2", b"y/3"], pa.large_binary())[1:]),
     ]
-    assert {index.fingerprint() for index in same} == {original}
+    assert {index.fingerprint for index in same} == {original.fingerprint}
     others = [
         made_index("/a", [b"x/1", b"y/2", b"y/4"], [0, 1, 1]),
         made_index("/a", [b"x/1", b"y/2", b"y/3"], [0, 1, 0]),
@@ -242,28 +71,141 @@ def test_fingerprint_follows_names_labels_and_order():
         made_index("/a", [b"y/2", b"x/1", b"y/3"], [1, 0, 1]),
         made_index("/a", [b"x/1", b"y/2"], [0, 1]),
         made_index("/a", [b"x/1y", b"/2", b"y/3"], [0, 1, 1]),
+        made_index("/a", [b"x/1", b"y/2", b"y/3"], [0, 1, 1], sizes=[10, 10, 11]),
+        made_index("/a", [b"x/1", b"y/2", b"y/3"], [0, 1, 1], sizes=[10, 11, 10]),
         made_index("/a", [], []),
     ]
-    assert len({original, *(index.fingerprint() for index in others)}) == len(others) + 1
+    assert len({original.fingerprint, *(index.fingerprint for index in others)}) == len(others) + 1
 
 
-def test_folder_and_list_of_the_same_images_have_one_fingerprint(tmp_path: Path):
-    """A folder, the same folder moved, and a list of its images in the same order have the same fingerprint."""
-    names = ("ant/1.jpg", "ant/2.jpg", "bee/1.jpg")
-    first, moved = make_files(tmp_path / "first", *names), make_files(tmp_path / "moved", *names)
-    listed = write_list(tmp_path, b"ant/1.jpg 0\nant/2.jpg 0\nbee/1.jpg 1\n")
-    fingerprints = {index_folder(first).fingerprint(), index_folder(moved).fingerprint()}
-    fingerprints.add(index_list(listed, first, 2).fingerprint())
-    assert len(fingerprints) == 1
-    (moved / "bee/1.jpg").rename(moved / "bee/2.jpg")
-    assert index_folder(moved).fingerprint() not in fingerprints
+# ------------------------------------------------------------------------------------------------ places, leaving out
+
+
+def test_places_of_images(tmp_path: Path):
+    """An image of files lies at its name below the root, one of shards at its offset in its shard; messages tell both."""
+    index = made_index(str(tmp_path), [b"x/1", b"y/\xff"], [0, 1], sizes=[10, storage.WHOLE])
+    assert index.location(0) == Location(str(tmp_path / "x/1"), 0, 10)
+    assert os.fsencode(index.location(1).path) == os.fsencode(tmp_path) + b"/y/\xff"
+    assert index.location(1).size == storage.WHOLE
+    sharded = in_shards(made_index("s3://bucket/a", [b"x/1", b"x/2"], [0, 1]), [0, 1])
+    assert sharded.location(1) == Location("s3://bucket/a/1.tar", 532, 10)
+    assert sharded.path(1) == "s3://bucket/a/1.tar:x/2"
+    assert index.path(0) == str(tmp_path / "x/1")
+
+
+@settings(deadline=None)
+@given(
+    names=st.lists(st.binary(min_size=1, max_size=3), max_size=12),
+    unwanted=st.lists(st.binary(min_size=1, max_size=3), max_size=6),
+    also=st.lists(st.integers(0, 11), max_size=4),
+    sharded=st.booleans(),
+)
+def test_without_names(names: list[bytes], unwanted: list[bytes], also: list[int], sharded: bool):
+    """Leaving out names keeps all other images with their labels, sizes and places, in their order."""
+    sizes = list(range(1, len(names) + 1))
+    index = made_index("/a", names, list(range(len(names))), sizes=sizes)
+    index = in_shards(index, [i // 3 for i in range(len(names))]) if sharded and names else index
+    unwanted += [names[i] for i in also if i < len(names)]
+    kept = index.without(unwanted)
+    wanted = [i for i in range(len(names)) if names[i] not in unwanted]
+    assert [os.fsencode(kept.name(k)) for k in range(len(kept))] == [names[i] for i in wanted]
+    assert kept.labels.tolist() == wanted
+    assert [kept.location(k) for k in range(len(kept))] == [index.location(i) for i in wanted]
+    assert kept.fingerprint == made_index("/b", [names[i] for i in wanted], wanted, sizes=[sizes[i] for i in wanted]).fingerprint
+
+
+# ------------------------------------------------------------------------------------------------------ saved, damaged
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    names=st.lists(st.binary(max_size=9), max_size=9), classes=st.none() | st.lists(st.text(max_size=5)), sharded=st.booleans()
+)
+def test_save_and_load(tmp_path_factory: pytest.TempPathFactory, names: list[bytes], classes: Any, sharded: bool):
+    """An index comes back from its file with every name, label, size, place and class, and what its source looked like."""
+    index = made_index("/a", names, list(range(len(names))), None if classes is None else tuple(classes), list(range(len(names))))
+    index = in_shards(index, sorted(i % 3 for i in range(len(names)))) if sharded and names else index
+    path = tmp_path_factory.mktemp("index") / "deep" / "x.index.arrow"
+    source = {"kind": "folder", "folder_times": {"\udcff": 2**62}}
+    save_index(index, source, path)
+    loaded, state = load_index(str(path), "/b")
+    assert state == source
+    assert loaded.root == "/b"
+    assert loaded.fingerprint == index.fingerprint
+    assert loaded.names.to_pylist() == names
+    assert (loaded.classes, loaded.shards) == (index.classes, index.shards)
+    for name in ("labels", "sizes", "shard_numbers", "offsets"):
+        before, after = getattr(index, name), getattr(loaded, name)
+        assert (before is None) == (after is None)
+        assert before is None or (before.dtype == after.dtype and (before == after).all())
+    assert [p.name for p in path.parent.iterdir()] == ["x.index.arrow"]
+
+
+def saved(tmp_path: Path) -> tuple[Path, ImageIndex]:
+    index = in_shards(made_index("/a", [b"x/%d" % i for i in range(20)], list(range(20)), ("x", "y")), sorted([0, 1] * 10))
+    save_index(index, {"kind": "shards", "shard_bytes": [1, 2]}, tmp_path / "x.index.arrow")
+    return tmp_path / "x.index.arrow", index
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A disk that fills up while an index is written leaves the old index, and no half of a new one."""
+    path, index = saved(tmp_path)
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_index(made_index("/a", [b"other"], [0]), {}, path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert load_index(str(path), "/a")[0].fingerprint == index.fingerprint
+
+
+def test_damage_at_any_byte(tmp_path: Path):
+    """A byte flipped or the file cut anywhere: a one-line error that says what to do, or all that matters is intact."""
+    path, index = saved(tmp_path)
+    content = path.read_bytes()
+    refused = 0
+    for place in range(len(content)):
+        flipped = (content[:place] + bytes([content[place] ^ bits]) + content[place + 1 :] for bits in (1, 0xFF))
+        for damaged in (content[:place], *flipped):
+            path.unlink()  # the old file's memory map must not see the new bytes
+            path.write_bytes(damaged)
+            try:
+                loaded, state = load_index(str(path), "/a")
+            except InputError as error:
+                refused += 1
+                assert "\n" not in str(error)
+                assert "imagenet-swa index --rebuild" in str(error)
+            else:
+                assert loaded.fingerprint == index.fingerprint
+                assert [loaded.location(i) for i in range(20)] == [index.location(i) for i in range(20)]
+                assert loaded.classes == index.classes
+                assert state == {"kind": "shards", "shard_bytes": [1, 2]}
+    assert refused > len(content)
+
+
+def test_what_is_no_index(tmp_path: Path):
+    """Text, an empty file, a folder, another Arrow file and a later version are refused by name with the way out."""
+    files = {"text": b"text" * 100, "empty": b""}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    for name, about in (("other", {}), ("later", {"imagenet_swa": '{"format": "imagenet-swa index 2"}'})):
+        table = pa.table({"name": [b"a"]}).replace_schema_metadata(about)
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    for name in ("text", "empty", "folder", "other", "later", "missing"):
+        message = one_line(load_index, str(tmp_path / name), "/a")
+        assert str(tmp_path / name) in message
+        assert "build it again: imagenet-swa index --rebuild" in message
 
 
 # --------------------------------------------------------------------------------------------------------- classes
 
 
 def index_of(classes: list[str] | tuple[str, ...] | None, root: str = "/data/train") -> ImageIndex:
-    """An index whose class folders these are, sorted as index_folder sorts them."""
+    """An index whose class folders these are, sorted as a folder's are."""
     return made_index(root, [b"a"], [0], None if classes is None else tuple(sorted(classes)))
 
 
@@ -330,3 +272,12 @@ def test_splits_with_different_classes_are_refused():
     check_same_classes(train, index_of(["ant", "bee"], "/data/val"))
     check_same_classes(train, index_of(None))
     check_same_classes(index_of(None), val)
+
+
+def test_labels_beyond_the_networks_outputs():
+    """The worst label that the network has no output for is named with its image; negative ones do not come about."""
+    index = made_index("/data", [b"a", b"b", b"c"], [0, 7, 3])
+    check_labels(index, "val", 8)
+    message = one_line(check_labels, index, "val", 7)
+    assert "data.val: /data/b has label 7, not in 0..6 (model.num_classes)" in message
+    check_labels(made_index("/data", [], []), "val", 1)

@@ -1,120 +1,204 @@
-"""The list of images of a split: path and label of each, in a fixed order, and the fingerprint of that list."""
+"""The list of images of a split: where each lies and its label, in a fixed order; its fingerprint; its file."""
 
 import hashlib
+import json
 import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from imagenet_swa.config import InputError
-from imagenet_swa.data import imagenet
+from imagenet_swa.data import imagenet, storage
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FORMAT = "imagenet-swa index 1"
+_COLUMNS = {"name": pa.large_binary(), "label": pa.int64(), "size": pa.int64(), "shard": pa.int32(), "offset": pa.int64()}
+
+
+class Location(NamedTuple):
+    """Where an image's bytes are; `size` may be `storage.WHOLE`."""
+
+    path: str
+    offset: int
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageIndex:
     """N images in a fixed order. An image's number here is its identity: order, crops and predictions refer to it.
 
-    `relative_paths` (N,) are file-system bytes below `root`; `labels` (N,) int64; `classes` the class folders' names
-    in label order, None when a list gave the labels. `root` is empty for made-up images.
+    `names` (N,) are file-system bytes: paths below `root`, or members' names in tar shards. `labels` (N,) int64; `sizes`
+    (N,) int64 bytes, -1 where nobody asked. `classes` are the class folders' names in label order, None when something
+    else gave the labels. With shards, `shards` are their names below `root`, `shard_numbers` (N,) int32 and `offsets` (N,)
+    int64 the place of an image's bytes. `root` is empty for made-up images.
     """
 
-    root: Path
-    relative_paths: pa.BinaryArray
+    root: str
+    names: pa.LargeBinaryArray
     labels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
     classes: tuple[str, ...] | None
+    shards: tuple[str, ...] = ()
+    shard_numbers: NDArray[np.int32] | None = None
+    offsets: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def path(self, index: int) -> str:
-        """Path of image `index`."""
-        return os.path.join(self.root, os.fsdecode(self.relative_paths[int(index)].as_py()))
+    def name(self, index: int) -> str:
+        """Name of image `index` below the root or in its shard."""
+        return os.fsdecode(self.names[int(index)].as_py())
 
+    def location(self, index: int) -> Location:
+        """Where image `index` lies."""
+        size = int(self.sizes[index])
+        if self.shard_numbers is None or self.offsets is None:
+            return Location(storage.join(self.root, self.name(index)), 0, size)
+        return Location(storage.join(self.root, self.shards[self.shard_numbers[index]]), int(self.offsets[index]), size)
+
+    def path(self, index: int) -> str:
+        """Image `index` for people and messages: its path, or `shard:member`."""
+        path = self.location(index).path
+        return path if self.shard_numbers is None else f"{path}:{self.name(index)}"
+
+    def read(self, index: int) -> bytes:
+        """The encoded image. Raises `storage.ReadError`."""
+        path, offset, size = self.location(index)
+        return storage.read(path, offset=offset, size=size)
+
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over names, labels and their order; where the folder lies does not matter."""
+        """SHA-256 over names, labels, sizes and their order; where the images lie, and in how many shards, does not matter."""
         digest = hashlib.sha256(str(len(self)).encode())
-        for buffer in self.relative_paths.buffers()[1:]:
+        for buffer in pa.concat_arrays([self.names]).buffers()[1:]:  # of a slice, offsets and bytes would be the whole's
             digest.update(buffer)
-        digest.update(np.ascontiguousarray(self.labels).tobytes())
+        for numbers in (self.labels, self.sizes):
+            digest.update(np.ascontiguousarray(numbers).data)
         return digest.hexdigest()
 
+    def without(self, names: Iterable[bytes]) -> "ImageIndex":
+        """The same images in the same order, less those of these names."""
+        unwanted = set(names)
+        kept = np.flatnonzero([name not in unwanted for name in self.names.to_pylist()])
+        if len(kept) == len(self):
+            return self
+        return replace(
+            self,
+            names=self.names.take(pa.array(kept)),
+            labels=self.labels[kept],
+            sizes=self.sizes[kept],
+            shard_numbers=None if self.shard_numbers is None else self.shard_numbers[kept],
+            offsets=None if self.offsets is None else self.offsets[kept],
+        )
 
-def _make(root: Path, paths: list[bytes], labels: list[int], classes: tuple[str, ...] | None) -> ImageIndex:
+
+def make_index(
+    root: str,
+    names: list[bytes],
+    labels: list[int] | NDArray[np.int64],
+    sizes: list[int] | NDArray[np.int64],
+    classes: tuple[str, ...] | None = None,
+    **shards: Any,
+) -> ImageIndex:
+    """An index from Python lists."""
     return ImageIndex(
-        root=root, relative_paths=pa.array(paths, pa.large_binary()), labels=np.array(labels, np.int64), classes=classes
+        root=root,
+        names=pa.array(names, pa.large_binary()),
+        labels=np.asarray(labels, np.int64),
+        sizes=np.asarray(sizes, np.int64),
+        classes=classes,
+        **shards,
     )
 
 
-def index_folder(root: Path) -> ImageIndex:
-    """A folder with one sub-folder per class, read by torchvision's ImageFolder rules.
+# ---------------------------------------------------------------------------------------------------- the index's file
 
-    Classes are the sorted names of the sub-folders; images lie at any depth below them, sorted by folder, then by name.
 
-    Raises:
-        InputError: no such folder, no class folders, or a class without images.
+def save_index(index: ImageIndex, source: dict[str, Any], path: Path) -> None:
+    """An Arrow file, written aside under a name of this process's own, flushed and renamed: whoever else writes the same
+    index at the same time writes the same bytes, and readers see a whole file or none.
+
+    `source` says what the images were read from and how that looked; `load_index` gives it back.
     """
-    if not root.is_dir():
-        raise InputError(f"no such folder: {root}; wanted one with a sub-folder of images per class")
-    classes = tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir()))
-    if not classes:
-        raise InputError(f"{root} has no sub-folders; wanted one per class, or a list file of `path label` lines beside it")
-    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-        files = list(pool.map(lambda name: _images_below(root, name), classes))
-    empty = [name for name, found in zip(classes, files, strict=True) if not found]
-    if empty:
-        raise InputError(f"{root}: no images for {len(empty)} of {len(classes)} classes, the first is {empty[0]!r}")
-    labels = [label for label, found in enumerate(files) for _ in found]
-    return _make(root, [path for found in files for path in found], labels, classes)
-
-
-def _images_below(root: Path, class_name: str) -> list[bytes]:
-    found = []
-    for folder, _, names in sorted(os.walk(root / class_name, followlinks=True)):
-        inside = os.path.relpath(folder, root)
-        found += [os.path.join(inside, name) for name in sorted(names) if name.lower().endswith(EXTENSIONS)]
-    return [os.fsencode(path) for path in found]
-
-
-def index_list(list_file: Path, root: Path, num_classes: int) -> ImageIndex:
-    """A text file with a line `path label` per image, paths relative to `root`, in the file's order.
-
-    Raises:
-        InputError: unreadable or empty list, a line of another form, a label outside 0 .. num_classes - 1, or no image
-            where the first or last line says (the others are found out when they are read).
-    """
+    about = {
+        "format": FORMAT,
+        "fingerprint": index.fingerprint,
+        "classes": index.classes,
+        "shards": index.shards,
+        "source": source,
+    }
+    about["digest"] = _digest_of_rest(about, index)
+    columns: dict[str, Any] = {"name": index.names, "label": index.labels, "size": index.sizes}
+    if index.shard_numbers is not None:
+        columns |= {"shard": index.shard_numbers, "offset": index.offsets}
+    table = pa.table(columns).replace_schema_metadata({"imagenet_swa": json.dumps(about)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
-        lines = list_file.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read the list {list_file}: {error.strerror}") from None
-    paths, labels = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        path, _, label = line.strip().rpartition(b" ")
-        if not path or not label.isdigit():
-            raise InputError(f"{list_file}:{number}: wanted `path label`, got {_start_of(line)}")
-        if len(label) > 9 or int(label) >= num_classes:
-            raise InputError(f"{list_file}:{number}: label {_start_of(label)} is not in 0..{num_classes - 1} (model.num_classes)")
-        paths.append(path.strip())
-        labels.append(int(label))
-    if not paths:
-        raise InputError(f"{list_file} lists no images; wanted a line `path label` for each")
-    index = _make(root, paths, labels, None)
-    for position in (0, len(index) - 1):
-        if not os.path.isfile(index.path(position)):
-            raise InputError(f"{list_file} names {index.path(position)}, which is not there; its paths start from {root}")
-    return index
+        with partial.open("wb") as file:
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table.combine_chunks())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _start_of(text: bytes) -> str:
-    """Text from a file that may be no list at all, short enough for a message."""
-    return repr(os.fsdecode(text[:60])) + ("..." if len(text) > 60 else "")
+def _digest_of_rest(about: dict[str, Any], index: ImageIndex) -> str:
+    """SHA-256 over what an index's file holds beside what its fingerprint covers."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for numbers in (index.shard_numbers, index.offsets):
+        digest.update(b"" if numbers is None else numbers.tobytes())
+    return digest.hexdigest()
+
+
+def load_index(path: str, root: str) -> tuple[ImageIndex, dict[str, Any]]:
+    """The index in a file, for images that lie below `root`, and its `source`.
+
+    Raises:
+        InputError: no index of this version, or damaged.
+    """
+    again = "build it again: imagenet-swa index --rebuild, with the same --data settings"
+    try:
+        if storage.is_remote(path):
+            table = pa.ipc.open_file(pa.py_buffer(storage.read(path))).read_all()
+        else:
+            table = pa.ipc.open_file(pa.memory_map(path)).read_all()
+        table.validate(full=True)
+        about = json.loads((table.schema.metadata or {}).get(b"imagenet_swa", b"{}"))
+        digest = about.pop("digest", None)
+        if about.get("format") != FORMAT:
+            raise InputError(f"{path} is not an index of this version; {again}")
+        if any(field.type != _COLUMNS[field.name] for field in table.schema):
+            raise InputError(f"the index {path} is damaged: a column has another type; {again}")
+        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+        index = ImageIndex(
+            root=root,
+            names=columns["name"],
+            labels=columns["label"].to_numpy(),
+            sizes=columns["size"].to_numpy(),
+            classes=None if about["classes"] is None else tuple(about["classes"]),
+            shards=tuple(about["shards"]),
+            shard_numbers=columns["shard"].to_numpy() if "shard" in columns else None,
+            offsets=columns["offset"].to_numpy() if "offset" in columns else None,
+        )
+        if index.fingerprint != about["fingerprint"] or digest != _digest_of_rest(about, index):
+            raise InputError(f"the index {path} is damaged: its content does not have its fingerprint; {again}")
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read the index {path}: {' '.join(str(error).split())[:160]}; {again}") from None
+    return index, about["source"]
+
+
+# ------------------------------------------------------------------------------------------------- labels and classes
 
 
 def check_classes(index: ImageIndex, split: str, num_classes: int) -> None:
@@ -145,6 +229,15 @@ def check_classes(index: ImageIndex, split: str, num_classes: int) -> None:
     if looks_like_imagenet and index.classes != imagenet.synsets():
         strange = sorted(set(index.classes) - known)
         raise InputError(f"{index.root}: class folder {strange[0]!r} is not one of ImageNet-1k's synsets; {way_out}")
+
+
+def check_labels(index: ImageIndex, split: str, num_classes: int) -> None:
+    """Raise InputError where a label is no output of the network."""
+    if len(index) and int(index.labels.max()) >= num_classes:
+        worst = int(index.labels.argmax())
+        raise InputError(
+            f"data.{split}: {index.path(worst)} has label {index.labels[worst]}, not in 0..{num_classes - 1} (model.num_classes)"
+        )
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:

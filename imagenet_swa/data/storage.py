@@ -1,0 +1,208 @@
+"""Bytes of local files and of objects in S3 by path: `/folder/file` or `s3://bucket/key`."""
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from glob import escape, glob
+from pathlib import Path
+from typing import IO, Any
+
+from imagenet_swa.config import InputError
+
+WHOLE = -1  # as a size: up to the end, however far that is
+NOT_THERE = "no such file or object"
+_READ_AHEAD = 16 * 2**20  # one request to S3 while an object is read through
+
+
+class ReadError(OSError):
+    """Bytes that cannot be had; the message is the reason in words."""
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path names an object in S3."""
+    return path.startswith("s3://")
+
+
+def join(root: str, name: str) -> str:
+    """A name below a folder or an S3 prefix."""
+    return f"{root.rstrip('/')}/{name}" if is_remote(root) else os.path.join(root, name)
+
+
+def read(path: str, *, offset: int = 0, size: int = WHOLE) -> bytes:
+    """`size` bytes from `offset` on; with offset 0, all of a file that is to have that size.
+
+    Raises:
+        ReadError: with the reason: not there, no right, another length than `size` says.
+    """
+    try:
+        one_more = int(offset == 0 and size != WHOLE)  # so that a file which has grown is noticed
+        data = _read_any(path, offset, size + one_more)
+    except OSError as error:
+        raise ReadError(reason_of(error)) from None
+    if size != WHOLE:
+        _check_length(len(data), size)
+    return data
+
+
+def read_into(path: str, room: memoryview, *, offset: int = 0, size: int) -> None:
+    """`read` of a local file whose size is known, into the first `size` bytes of `room`, which has one byte more."""
+    wanted = room[: size + (offset == 0)]  # one more, so that a file which has grown is noticed
+    num_bytes = 0
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while num_bytes < len(wanted) and (more := os.preadv(descriptor, [wanted[num_bytes:]], offset + num_bytes)):
+                num_bytes += more
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ReadError(reason_of(error)) from None
+    _check_length(num_bytes, size)
+
+
+def _check_length(num_bytes: int, size: int) -> None:
+    if num_bytes != size:
+        raise ReadError(f"{num_bytes} bytes are there where the index says {size}; it changed since `imagenet-swa index`")
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """Those of `size` bytes from `offset` on that are there. Raises ReadError."""
+    try:
+        return _read_any(path, offset, size)
+    except OSError as error:
+        raise ReadError(reason_of(error)) from None
+
+
+def _read_any(path: str, offset: int, size: int) -> bytes:
+    return _read_remote(path, offset, size) if is_remote(path) else _read_local(path, offset, size)
+
+
+def _read_local(path: str, offset: int, size: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if size == WHOLE:
+            size = os.fstat(descriptor).st_size - offset
+        parts: list[bytes] = []
+        while size > 0 and (part := os.pread(descriptor, size, offset)):
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+    finally:
+        os.close(descriptor)
+
+
+def _read_remote(path: str, offset: int, size: int) -> bytes:
+    file = _remote_file(path)
+    there = max(0, file.size() - offset)  # reading from beyond the end would be an error of its own
+    return file.read_at(there if size == WHOLE else min(size, there), offset) if there else b""
+
+
+def open_to_read(path: str) -> IO[bytes]:
+    """A seekable stream. Reads ahead in S3, where each request takes long. Raises ReadError."""
+    try:
+        if not is_remote(path):
+            return Path(path).open("rb")
+        key = path.removeprefix("s3://")
+        file = _s3(key.partition("/")[0]).open_input_file(key)
+        return io.BufferedReader(file, _READ_AHEAD)  # pyright: ignore[reportArgumentType]  # it has what the reader calls
+    except OSError as error:
+        raise ReadError(reason_of(error)) from None
+
+
+def size_of(path: str) -> int:
+    """Bytes. Raises ReadError."""
+    try:
+        return _remote_file(path).size() if is_remote(path) else Path(path).stat().st_size
+    except OSError as error:
+        raise ReadError(reason_of(error)) from None
+
+
+def reason_of(error: OSError) -> str:
+    """An operating system's or S3's error in words, with what to do where the words alone would not say it."""
+    text = str(error)
+    if isinstance(error, FileNotFoundError):
+        return NOT_THERE
+    if "AWS Error" in text or "bucket" in text.lower():
+        kind = next(iter(re.findall(r"AWS Error (\w+)", text)), "")
+        if kind in ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "UNRECOGNIZED_CLIENT"):
+            return "S3 denies access; check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and the bucket's policy"
+        if kind == "NETWORK_CONNECTION":
+            return f"S3 cannot be reached at {_endpoint() or 'AWS'}; check AWS_ENDPOINT_URL and the network"
+        return f"S3 says {kind.lower().replace('_', ' ')}" if kind else " ".join(text.split())[:160]
+    return (error.strerror or text).lower()
+
+
+def expand(pattern: str) -> list[str]:
+    """Paths that a pattern names, sorted: `{000..146}` counts, `{a,b}` chooses, `*` and `?` match what is there."""
+    paths: list[str] = []
+    for text in _braces(pattern):
+        paths += _matches(text) if any(sign in text for sign in "*?[") else [text]
+    return paths
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if numbers:
+        first, last = numbers.groups()
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        choices = found[1].split(",")
+    for choice in choices:
+        yield from _braces(before + choice + after)
+
+
+def _matches(pattern: str) -> list[str]:
+    if not is_remote(pattern):
+        return sorted(glob(pattern))
+    folder, _, name = pattern.rpartition("/")
+    return [path for path in list_files(folder) if fnmatchcase(path.rpartition("/")[2], name)]
+
+
+def list_files(folder: str) -> list[str]:
+    """Files directly in a folder or below an S3 prefix, sorted. Raises ReadError."""
+    try:
+        if not is_remote(folder):
+            return sorted(path for path in glob(os.path.join(escape(folder), "*")) if os.path.isfile(path))
+        from pyarrow.fs import FileSelector, FileType
+
+        key = folder.removeprefix("s3://").rstrip("/")
+        found = _s3(key.partition("/")[0]).get_file_info(FileSelector(key, allow_not_found=True))
+        return sorted(f"s3://{info.path}" for info in found if info.type == FileType.File)
+    except OSError as error:
+        raise ReadError(reason_of(error)) from None
+
+
+@lru_cache(maxsize=4096)
+def _remote_file(path: str) -> Any:
+    """An open object; opening asks S3 for its size, reading a range of it is one more request."""
+    key = path.removeprefix("s3://")
+    return _s3(key.partition("/")[0]).open_input_file(key)
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+@lru_cache(maxsize=16)
+def _s3(bucket: str) -> Any:
+    """A client of pyarrow's, which takes keys from where all AWS tools do, but the address of another server from us."""
+    from pyarrow import fs
+
+    if not bucket:
+        raise InputError("an S3 path without a bucket; wanted s3://bucket/key")
+    options: dict[str, Any] = {"connect_timeout": 10, "request_timeout": 60}
+    endpoint = _endpoint()
+    if endpoint is not None:
+        options["endpoint_override"] = endpoint
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region is None and endpoint is None:
+        region = fs.resolve_s3_region(bucket)
+    return fs.S3FileSystem(**options, **({"region": region} if region else {}))
