@@ -6,14 +6,17 @@ import errno
 import os
 import re
 import sys
+import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from imagenet_swa import __version__
 from imagenet_swa.config import Config, InputError, TrainingError, require
+
+T = TypeVar("T")
 
 USAGE = f"""imagenet-swa {__version__}: make pretrained ImageNet networks better by Stochastic Weight Averaging
 
@@ -24,12 +27,24 @@ commands:
             (on several GPUs: accelerate launch -m imagenet_swa.train --config FILE)
   evaluate  top-1, top-5 and NLL of the configured network, or of --model.weights FILE
   report    imagenet-swa report RUN [RUN ...]: the result table of a run folder, or one line per run of several
+  index     list the images of data.train and data.val once, into a file beside them or in data.index, which every run
+            then starts from (--rebuild after the data changed)
+  verify    look at every image, decode them with --full; a report, and a list of bad images for data.quarantine
+  prepare   imagenet-swa prepare SOURCE OUTPUT: official archives, parquet, folders, lists or shards to tar shards or folders,
+            smaller or with restart markers if wanted
+  bench     imagenet-swa bench loader: images/s of our loader and its alternatives on your data
   doctor    check configuration, data, launcher, GPUs, DALI and disk, and measure the pretrained baseline
             (--skip_baseline leaves the measurement out)
 
 imagenet-swa COMMAND --help lists every setting; --print_config shows the configuration that results.
 exit codes: 0 done, 1 failed, 2 unusable input, 130 interrupted
 """
+
+
+_GOES_ON = {
+    "train": "; checkpoints already written are whole, and the same command goes on from the last one",
+    "prepare": "; what was written is whole, and the same command goes on with the rest",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,12 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(2, str(error), every_rank=error.concerns_one_rank)
     except KeyboardInterrupt:
-        return _fail(130, "interrupted; the same command goes on from the last checkpoint")
+        return _fail(130, f"interrupted{_GOES_ON.get(arguments[0], '')}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        return _fail(1, f"{error.strerror}{where}; checkpoints already written are whole, and the same command goes on from them")
+        return _fail(1, f"{error.strerror}{where}{_GOES_ON.get(arguments[0], '')}")
     except TrainingError as error:
         return _fail(1, str(error))
 
@@ -111,6 +126,78 @@ def _report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _index(arguments: Sequence[str]) -> int:
+    rebuild = "--rebuild" in arguments
+    rest = [argument for argument in arguments if argument != "--rebuild"]
+    about = "List the images of data.train and data.val into files that every run starts from. --rebuild: list them again."
+    config = parse_config(rest, "imagenet-swa index", about)
+    require((config.data.train, config.data.val) != (None, None), "data.train and data.val are not set; set one or both")
+    from imagenet_swa.data.index_cache import build_index, find_index, index_path
+    from imagenet_swa.data.sources import progress_bar, source_of
+
+    for split in ("train", "val"):
+        if getattr(config.data, split) is None:
+            continue
+        source, start = source_of(config.data, split), time.perf_counter()
+        index = None if rebuild else find_index(source, config.data.index)
+        verb = "built" if index is None else "found as it was built before"
+        if index is None:
+            index, _ = build_index(source, config.data.index, num_classes=config.model.num_classes, track=progress_bar)
+        print(
+            f"{split}: {len(index):,} images with {len(set(index.labels.tolist())):,} labels, "
+            f"fingerprint {index.fingerprint[:16]}, {verb} in {time.perf_counter() - start:.1f} s: "
+            f"{index_path(source, config.data.index)}"
+        )
+    return 0
+
+
+def _verify(arguments: Sequence[str]) -> int:
+    from imagenet_swa.data.sources import progress_bar
+    from imagenet_swa.data.verify import VerifySettings, verify
+
+    arguments = ["--verify.full" if argument == "--full" else argument for argument in arguments]
+    about = "Look at every image of data.train and data.val; --full decodes them. Writes a report and a quarantine list."
+    config, settings = parse_config_and("verify", VerifySettings, arguments, "imagenet-swa verify", about)
+    return 0 if verify(config, settings, track=progress_bar).healthy else 1
+
+
+def _prepare(arguments: Sequence[str]) -> int:
+    from imagenet_swa.data.prepare import PrepareSettings, prepare
+    from imagenet_swa.data.sources import progress_bar
+
+    positional = [word for word in arguments[:2] if not word.startswith("-")]
+    if not arguments:
+        raise InputError("wanted `imagenet-swa prepare SOURCE OUTPUT [--setting VALUE ...]` (all settings: --help)")
+    named = [f"--{name}={word}" for name, word in zip(("source", "output"), positional, strict=False)]
+    about = "Tar shards or class folders with an index from any source: imagenet-swa prepare SOURCE OUTPUT [--setting VALUE ...]"
+    settings = parse_settings(PrepareSettings, [*named, *arguments[len(positional) :]], "imagenet-swa prepare", about)
+    prepare(settings, track=progress_bar)
+    return 0
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    from imagenet_swa.bench import BenchSettings, bench_loader
+    from imagenet_swa.bench.results import COLUMNS, absent_lines, table_rows
+
+    if arguments and arguments[0] in ("-h", "--help"):
+        arguments = ["loader", "--help"]
+    if not arguments or arguments[0] != "loader":
+        raise InputError(f"wanted `imagenet-swa bench loader`, got {' '.join(arguments[:1]) or 'nothing after bench'}")
+    about = "Our loader and its alternatives on data.train and data.val, side by side, as ratios."
+    rest, prog = arguments[1:], "imagenet-swa bench loader"
+    config, settings = parse_config_and("bench", BenchSettings, rest, prog, about)
+    variants = {}
+    for variant in settings.variants:
+        flags = [f"--{setting}" for setting in variant.split()]
+        variants[variant], _ = parse_config_and("bench", BenchSettings, [*rest, *flags], prog, about)
+    record = bench_loader(config, settings, variants)
+    _print_table(COLUMNS, table_rows(record))
+    for line in absent_lines(record):
+        print(f"not measured: {line}")
+    print(f"bench folder: {settings.output}")
+    return 130 if record["interrupted"] else 0 if record["summary"] else 1
+
+
 def _doctor(arguments: Sequence[str]) -> int:
     skip_baseline = "--skip_baseline" in arguments
     rest = [argument for argument in arguments if argument != "--skip_baseline"]
@@ -123,6 +210,7 @@ def _doctor(arguments: Sequence[str]) -> int:
 def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """A table on stdout, without the columns that are empty in every row."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
@@ -130,7 +218,7 @@ def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     for i in kept:
         table.add_column(columns[i], justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*[row[i] for i in kept])
+        table.add_row(*[escape(row[i]) for i in kept])
     # Wide enough for every cell where the output is a file, whatever terminal it came from.
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
@@ -139,21 +227,35 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "report": _report,
+    "index": _index,
+    "verify": _verify,
+    "prepare": _prepare,
+    "bench": _bench,
     "doctor": _doctor,
 }
 
 
-# ------------------------------------------------------------------------------------------ flags and YAML -> Config
+# ---------------------------------------------------------------------------------------- flags and YAML -> dataclasses
 
 
-def parser_for_config(prog: str, description: str) -> Any:
-    """A jsonargparse parser: `--config FILE`, a flag for every field, `--print_config`, help from the docstrings."""
+def parser_for_config(prog: str, description: str, **groups: type) -> Any:
+    """A jsonargparse parser: `--config FILE`, a flag for every field, `--print_config`, help from the docstrings.
+
+    `groups` are dataclasses of further settings, each under the name that it is given by.
+    """
+    parser = _bare_parser(prog, description)
+    parser.add_class_arguments(Config)
+    for name, cls in groups.items():
+        parser.add_class_arguments(cls, name)
+    return parser
+
+
+def _bare_parser(prog: str, description: str) -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file of settings; later flags override it.")
-    parser.add_class_arguments(Config)
     return parser
 
 
@@ -164,22 +266,45 @@ def parse_config(arguments: Sequence[str], prog: str, description: str) -> Confi
         InputError: a misspelt key, a wrong type, a value out of range, or a file that cannot be read.
         SystemExit: after `--help` or `--print_config`.
     """
-    parser = parser_for_config(prog, description)
+    return Config(**_parse(parser_for_config(prog, description), arguments, Config))
+
+
+def parse_config_and(name: str, cls: type[T], arguments: Sequence[str], prog: str, description: str) -> tuple[Config, T]:
+    """`parse_config`, and settings of another dataclass given as `--name.field`."""
+    values = _parse(parser_for_config(prog, description, **{name: cls}), arguments, Config, {name: cls})
+    settings = values.pop(name)
+    return Config(**values), settings
+
+
+def parse_settings(cls: type[T], arguments: Sequence[str], prog: str, description: str) -> T:
+    """Settings of one dataclass alone, given as `--field`."""
+    parser = _bare_parser(prog, description)
+    parser.add_class_arguments(cls)
+    return cls(**_parse(parser, arguments, cls))
+
+
+def _parse(parser: Any, arguments: Sequence[str], cls: type, groups: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """Values of the fields of `cls`, and an instance for each group."""
+    names = _field_names(cls) + [f"{group}.{name}" for group, of in (groups or {}).items() for name in _field_names(of)]
+    switches = _field_names(cls, only_bool=True)
+    switches += [f"{group}.{name}" for group, of in (groups or {}).items() for name in _field_names(of, only_bool=True)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            namespace = parser.parse_args(_with_explicit_true(arguments))
-            _check_filled(namespace)
+            namespace = parser.parse_args(_with_explicit_true(arguments, switches))
+            _check_filled(namespace, cls)
+            for name, group in (groups or {}).items():
+                _check_filled(namespace[name], group, f"{name}.")
             values = dict(parser.instantiate(namespace))
     except ArgumentError as error:
-        raise InputError(_one_line(str(error))) from None
+        raise InputError(_one_line(str(error), names, parser.prog)) from None
     except UnicodeDecodeError as error:
         raise InputError(f"the configuration file is not UTF-8 text: {error}") from None
     values.pop("config")
-    return Config(**values)
+    return values
 
 
-def _field_names(cls: Any = Config, prefix: str = "", only_bool: bool = False) -> list[str]:
+def _field_names(cls: Any, prefix: str = "", only_bool: bool = False) -> list[str]:
     names: list[str] = []
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(f.type):
@@ -189,7 +314,7 @@ def _field_names(cls: Any = Config, prefix: str = "", only_bool: bool = False) -
     return names
 
 
-def _check_filled(namespace: Any, cls: Any = Config, prefix: str = "") -> None:
+def _check_filled(namespace: Any, cls: Any, prefix: str = "") -> None:
     """jsonargparse lets an empty value through for every setting, and any value for a whole section."""
     for f in dataclasses.fields(cls):
         name, value = prefix + f.name, namespace[f.name]
@@ -197,17 +322,18 @@ def _check_filled(namespace: Any, cls: Any = Config, prefix: str = "") -> None:
             require(hasattr(value, "get"), f"{name} is a section, got {value!r}; wanted its settings, indented, below `{name}:`")
             _check_filled(value, f.type, f"{name}.")
         else:
-            require(value is not None or type(None) in get_args(f.type), f"{name} is empty; give a value or leave it out")
+            optional = type(None) in get_args(f.type) or f.default is dataclasses.MISSING
+            require(value is not None or optional, f"{name} is empty; give a value or leave it out")
 
 
-def _with_explicit_true(arguments: Sequence[str]) -> list[str]:
+def _with_explicit_true(arguments: Sequence[str], switches: Sequence[str]) -> list[str]:
     """`--data.synthetic` alone means `--data.synthetic=true`, as people write switches."""
-    switches = {f"--{name}" for name in _field_names(only_bool=True)}
+    flags = {f"--{name}" for name in switches}
     pairs = zip(arguments, [*arguments, "--"][1:], strict=True)
-    return [a + "=true" if a in switches and b.startswith("-") else a for a, b in pairs]
+    return [a + "=true" if a in flags and b.startswith("-") else a for a, b in pairs]
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, names: Sequence[str], prog: str) -> str:
     """jsonargparse's message as one line, with the nearest setting's name where a key was not known."""
     message = re.sub(r"\s*\n\s*", " ", message.strip()).replace('Parser key "', '"').replace("<class '", "").replace("'>", "")
     if message.startswith("Unexpected config:"):
@@ -218,7 +344,7 @@ def _one_line(message: str) -> str:
     if unknown:
         flag, group, option, alone = unknown.groups()
         key = flag or (f"{group}.{option}" if group else alone)
-        near = difflib.get_close_matches(key, _field_names(), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        return f"unknown setting {key}{hint} (all settings: imagenet-swa train --help)"
+        return f"unknown setting {key}{hint} (all settings: {prog} --help)"
     return message

@@ -125,14 +125,24 @@ class Preprocessing:
 class DataConfig:
     """Where the images are and who decodes them"""
 
-    train: Path | None = None
-    """Folder of the training images, one sub-folder per class; with `train_list`, the folder its paths start from."""
-    train_list: Path | None = None
-    """Text file with a line `path label` per training image."""
-    val: Path | None = None
-    """Folder of the validation images, one sub-folder per class; with `val_list`, the folder its paths start from."""
-    val_list: Path | None = None
-    """Text file with a line `path label` per validation image."""
+    train: str | None = None
+    """Training images: a folder with one sub-folder per class; tar shards as WebDataset lays them out, by a folder that holds
+    them or a pattern such as `/data/train-{0000..1023}.tar`, also `s3://bucket/train-*.tar`; with `train_list`, the folder or
+    `s3://bucket/prefix` that its paths start from."""
+    train_list: str | None = None
+    """Text file (or `s3://` object) with a line `path label` per training image."""
+    val: str | None = None
+    """Validation images, named like `train`."""
+    val_list: str | None = None
+    """Text file (or `s3://` object) with a line `path label` per validation image."""
+    index: Path | None = None
+    """Folder of the indices that `imagenet-swa index` writes; default: beside the data."""
+    quarantine: Path | None = None
+    """List of images to leave out, as `imagenet-swa verify` writes it: lines `split, name, reason` separated by tabs."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What an image that cannot be read or decoded does: stop the run with its name, or be left out, named and counted."""
+    max_bad_images: int = 100
+    """With on_bad_image skip: the most images that a pass over the training or validation images may leave out."""
     synthetic: bool = False
     """Made-up images instead of files: tries a machine or a configuration without any data."""
     synthetic_num_images: tuple[int, int] = (2560, 512)
@@ -141,18 +151,20 @@ class DataConfig:
     """Who decodes: NVIDIA DALI, or torchvision (PIL), slower, needs nothing installed. Same crops from both."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """DALI: decode on the CPU or the GPU; auto takes the GPU where there is one."""
+    resize: Literal["auto", "compiled", "dali"] = "auto"
+    """DALI on the CPU: who resizes what it decoded. compiled: the project's own C code, with Pillow's pixels and faster;
+    dali: DALI's operator, which differs at the borders of crops; auto takes the compiled one where it was built."""
     num_workers: int | None = None
     """Decoding threads (DALI) or processes (torchvision) per training process; default: an equal share of the cores."""
     prefetch: int = 2
     """Batches prepared ahead."""
 
     def __post_init__(self) -> None:
+        require(self.max_bad_images >= 0, f"data.max_bad_images must be 0 or more, got {self.max_bad_images}")
         require(self.prefetch >= 1, f"data.prefetch must be at least 1 batch, got {self.prefetch}")
         require(self.num_workers is None or self.num_workers >= 0, f"data.num_workers must be 0 or more, got {self.num_workers}")
-        require(
-            min(self.synthetic_num_images) >= 1,
-            f"data.synthetic_num_images must be at least 1 each, got {self.synthetic_num_images}",
-        )
+        numbers = self.synthetic_num_images
+        require(min(numbers) >= 1, f"data.synthetic_num_images must be at least 1 each, got {numbers}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +322,10 @@ class Config:
         """The settings that decide weights and results, flattened to `section.field`: a resumed run must agree in them."""
         flat = flatten(to_plain(self))
         free = ("output", "resume", "checkpoints_to_keep", "log_every", "trackers", "evaluation.captures")
-        free += ("data.num_workers", "data.prefetch", "swa.report_epochs", "swa.include_pretrained")
+        free += ("data.num_workers", "data.prefetch", "data.on_bad_image", "data.max_bad_images", "data.resize")
+        free += ("swa.report_epochs", "swa.include_pretrained")
+        # The fingerprints of the images stand for the first four.
+        free += ("data.train", "data.val", "data.index", "data.quarantine", "data.decode")
         return {key: value for key, value in flat.items() if not key.startswith(free)}
 
 

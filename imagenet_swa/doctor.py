@@ -65,7 +65,7 @@ def examine(config: Config, *, measure_baseline: bool = True) -> bool:
         return False
     examination.runtime = runtime
     examination.check("DALI", lambda: _dali(config))
-    indices = examination.check("images", lambda: _images(config))
+    indices = examination.check("images", lambda: _images(config, runtime))
     if indices is not None:
         for finding in _unlike_imagenet(config, indices):
             examination.warn("images", finding)
@@ -98,9 +98,9 @@ def _dali(config: Config) -> tuple[str, None]:
     return f"{nvidia.dali.__version__} ({', '.join(names)}), torch built for CUDA {torch.version.cuda}", None
 
 
-def _images(config: Config) -> tuple[str, tuple[ImageIndex, ImageIndex]]:
+def _images(config: Config, runtime: Runtime) -> tuple[str, tuple[ImageIndex, ImageIndex]]:
     start = time.perf_counter()
-    indices = build_indices(config)
+    indices = build_indices(config, runtime)
     counts = [f"{len(index):,} of {len(set(index.labels.tolist()))} classes" for index in indices]
     return f"training {counts[0]}, validation {counts[1]}, read in {time.perf_counter() - start:.1f} s", indices
 

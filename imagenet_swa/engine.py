@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from imagenet_swa.config import Config, InputError, SwaConfig, TrainingError
-from imagenet_swa.data.batch import Batch, ImageLoader
+from imagenet_swa.data.batch import Batch, ImageLoader, TooManyBadImagesError
 from imagenet_swa.data.sampling import Indices, split_global_batch, training_batches
 from imagenet_swa.models import batchnorm_layers
 from imagenet_swa.optim import set_learning_rate
@@ -155,16 +155,31 @@ def train_one_epoch(
     batches = plan.batches(epoch, runtime.rank)
     stream = _Timed(loader.training_stream(batches.reshape(-1, plan.batch_size_per_device), epoch=epoch))
     meter = _Meter(plan, config, runtime, records)
-    first_step = epoch * plan.steps_per_epoch
+    first_step, num_left_out = epoch * plan.steps_per_epoch, 0
     title = f"epoch {epoch + 1}/{config.swa.num_epochs}"
     with records.progress(title, plan.steps_per_epoch) as ticker:
         for step in range(first_step, first_step + plan.steps_per_epoch):
             set_learning_rate(optimizer, plan.learning_rate(step))
             runtime.seed(config.seed, step)
-            loss = _train_one_step(network, optimizer, stream, plan, config, runtime)
+            result = _train_one_step(network, optimizer, stream, plan, config, runtime)
+            num_left_out += result.num_left_out
+            check_left_out(num_left_out, config)
             is_last = step + 1 == first_step + plan.steps_per_epoch
-            meter.after_step(step, loss, stream, title, ticker, is_last=is_last)
+            meter.after_step(step, result.loss, stream, title, ticker, is_last=is_last)
+    if num_left_out:
+        records.say(f"{title}: {num_left_out} images left out as bad")
     _check_weights(network, first_step + plan.steps_per_epoch)
+
+
+def check_left_out(num_left_out: int, config: Config) -> None:
+    """Raise TooManyBadImagesError where all ranks together left out more than the limit."""
+    if num_left_out > config.data.max_bad_images:
+        error = TooManyBadImagesError(
+            f"{num_left_out} images of this pass cannot be decoded, data.max_bad_images is {config.data.max_bad_images}; "
+            "look at the data with `imagenet-swa verify`"
+        )
+        error.concerns_one_rank = False  # the number is that of all ranks
+        raise error
 
 
 def _check_weights(network: nn.Module, step: int) -> None:
@@ -187,12 +202,13 @@ def _train_one_step(
     plan: Plan,
     config: Config,
     runtime: Runtime,
-) -> torch.Tensor:
-    """One update from a global batch. Returns this rank's part of the batch's mean loss, ()."""
+) -> "_StepResult":
+    """One update from a global batch."""
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=runtime.device)
+    total, num_left_out = torch.zeros((), device=runtime.device), 0
     for part in range(plan.num_accumulation):
         batch = next(stream)
+        num_left_out += len(batch.left_out)
         is_last = part + 1 == plan.num_accumulation
         with nullcontext() if is_last else runtime.accelerator.no_sync(network):
             logits = network(batch.images)
@@ -203,8 +219,24 @@ def _train_one_step(
             # DDP averages gradients over ranks; times their number, the average is the gradient of the global mean.
             runtime.accelerator.backward(loss * plan.world_size)
         total += loss.detach()
+    if config.data.on_bad_image == "skip":  # all ranks have to know what any of them left out
+        num_left_out = int(runtime.sum(torch.tensor([num_left_out], device=runtime.device)).item())
+        if num_left_out:
+            weight = plan.global_batch_size / (plan.global_batch_size - num_left_out)
+            total *= weight
+            for parameter in network.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(weight)  # the mean over the images that there are
     optimizer.step()
-    return total
+    return _StepResult(total, num_left_out)
+
+
+@dataclass(frozen=True)
+class _StepResult:
+    """`loss` (), this rank's part of the mean loss of the global batch; `num_left_out`, its bad images on all ranks."""
+
+    loss: torch.Tensor
+    num_left_out: int
 
 
 class _Timed:

@@ -24,14 +24,18 @@ class Evaluation:
     """What one network says about each of N images, in index order.
 
     Attributes:
+        indices: (N,) int64, the images' numbers in the index: all of them, less those that were left out as bad.
         labels: (N,) int64.
         ranked: (N, min(5, classes)) int64, the most probable classes, best first.
         label_log_prob: (N,) float64, natural logarithm of the probability of the label.
+        num_left_out: images of the split that cannot be decoded and are not among the N.
     """
 
+    indices: NDArray[np.int64]
     labels: NDArray[np.int64]
     ranked: NDArray[np.int64]
     label_log_prob: NDArray[np.float64]
+    num_left_out: int = 0
 
     @property
     def num_images(self) -> int:
@@ -57,6 +61,7 @@ class Evaluation:
         """Counts, and fractions of them."""
         return {
             "num_images": self.num_images,
+            "num_left_out": self.num_left_out,
             "num_correct": self.num_correct,
             "num_correct_top5": self.num_correct_top5,
             "top1": self.num_correct / self.num_images,
@@ -68,7 +73,7 @@ class Evaluation:
         """A parquet file with a row per image: index, label, top5 (list), probability of the label."""
         table = pa.table(
             {
-                "index": np.arange(self.num_images),
+                "index": self.indices,
                 "label": self.labels,
                 "top5": pa.array(self.ranked.tolist(), pa.list_(pa.int32())),
                 "probability": np.exp(self.label_log_prob),
@@ -92,7 +97,8 @@ def evaluate(
     """Run all networks in evaluation mode over the batches of this rank and put the ranks' answers together.
 
     Every rank fills in its own images' rows of arrays of zeros, and their sum over ranks is the whole: since a row that
-    two ranks filled, or none, shows in the counts, no image is counted twice or left out without an error.
+    two ranks filled, or none, shows in the counts, no image is counted twice or missed without an error. Images that the
+    loader says it left out count nowhere.
 
     Args:
         networks: logits (n, classes) from images, by name.
@@ -106,7 +112,7 @@ def evaluate(
         RuntimeError: an image was seen more than once, or never.
     """
     num_images, num_ranked = len(labels), min(NUM_RANKED, num_classes)
-    seen = torch.zeros(num_images, dtype=torch.int64, device=device)
+    seen, absent = (torch.zeros(num_images, dtype=torch.int64, device=device) for _ in range(2))
     ranked = {name: torch.zeros(num_images, num_ranked, dtype=torch.int64, device=device) for name in networks}
     label_log_prob = {name: torch.zeros(num_images, dtype=torch.float64, device=device) for name in networks}
     with ExitStack() as stack, torch.inference_mode():
@@ -115,17 +121,25 @@ def evaluate(
         for batch in batches:
             rows = torch.from_numpy(batch.indices).to(device)
             seen.index_add_(0, rows, torch.ones_like(rows))  # `seen[rows] += 1` counts an image twice in a batch once
-            for name, network in networks.items():
+            absent[list(batch.left_out)] = 1
+            for name, network in networks.items() if len(rows) else ():
                 with forward_context():
                     logits = network(batch.images)
                 log_prob = logits.float().log_softmax(1)
                 ranked[name][rows] = log_prob.topk(num_ranked).indices
                 label_log_prob[name][rows] = log_prob.gather(1, batch.labels[:, None])[:, 0].double()
-    seen = sum_over_ranks(seen)
-    if not bool((seen == 1).all()):
-        never, often = int((seen == 0).sum()), int((seen > 1).sum())
+    seen, absent = sum_over_ranks(torch.stack([seen, absent]))
+    if not bool((seen + absent == 1).all()):
+        never, often = int((seen + absent == 0).sum()), int((seen + absent > 1).sum())
         raise RuntimeError(f"of {num_images} images {never} were never evaluated and {often} more than once")
+    indices = seen.nonzero()[:, 0].cpu().numpy()
     return {
-        name: Evaluation(labels, sum_over_ranks(ranked[name]).cpu().numpy(), sum_over_ranks(label_log_prob[name]).cpu().numpy())
+        name: Evaluation(
+            indices,
+            labels[indices],
+            sum_over_ranks(ranked[name]).cpu().numpy()[indices],
+            sum_over_ranks(label_log_prob[name]).cpu().numpy()[indices],
+            num_left_out=num_images - len(indices),
+        )
         for name in networks
     }

@@ -17,7 +17,7 @@ from imagenet_swa.batchnorm import mean_over_ranks, recompute_statistics
 from imagenet_swa.checkpoint import Checkpoints, Snapshot, check_same_run, copy_atomically, load_snapshot, save_weights
 from imagenet_swa.config import Config, InputError, to_plain
 from imagenet_swa.data.sampling import statistics_batches
-from imagenet_swa.engine import Plan, check_batches, make_plan, train_one_epoch
+from imagenet_swa.engine import Plan, check_batches, check_left_out, make_plan, train_one_epoch
 from imagenet_swa.models import Weights, batchnorm_layers, load_weights
 from imagenet_swa.optim import load_momentum_buffers, make_sgd, momentum_buffers
 from imagenet_swa.records import Records, write_atomically
@@ -134,10 +134,8 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint's run and the present one must have in common, flat."""
-        train, val = (index.fingerprint() for index in self.session.indices)
-        settings = self.config.result_settings()
-        where = ("data.train", "data.val", "data.train_list", "data.val_list", "data.decode")
-        return {k: v for k, v in settings.items() if k not in where} | {"training images": train, "validation images": val}
+        train, val = (index.fingerprint for index in self.session.indices)
+        return self.config.result_settings() | {"training images": train, "validation images": val}
 
     # ------------------------------------------------------------------------------------------------- the story
 
@@ -179,6 +177,7 @@ class Run:
                 "num_averaged": self.average.num_averaged,
                 "loss_scale": scaler.state_dict() if scaler is not None else None,
                 "world_size": self.runtime.world_size,
+                "decoder": self.session.loaders.train.decoder,
                 "identity": self._identity(),
             }
             momentum = momentum_buffers(self.network, _bare(self.optimizer))
@@ -276,6 +275,8 @@ class Run:
                 sum_over_ranks=self.runtime.sum,
                 forward_context=lambda: self.runtime.autocast(self.config.evaluation.precision),
             )
+        wanted = min(self.config.batchnorm.num_images or len(loader.index), len(loader.index))
+        check_left_out(wanted - num_images, self.config)
         self.records.say(f"  BatchNorm statistics from {num_images:,} images in {time.perf_counter() - start:.1f} s")
 
     def _save_weights(self, weights: Weights, path: Path) -> None:
@@ -291,20 +292,19 @@ class Run:
             self.records.say(line)
         self.records.say(f"batches: {self.plan.describe()}; device {self.runtime.device}, {self.config.speed.precision}")
         if snapshot is not None:
-            before = snapshot.progress["world_size"]
-            note = (
-                ""
-                if before == self.runtime.world_size
-                else f", which was saved with {before} processes: BatchNorm now sees batches of another size"
-            )
-            self.records.say(f"resuming after epoch {snapshot.progress['epoch']}{note}")
+            before, note = snapshot.progress, ""
+            if before["world_size"] != self.runtime.world_size:
+                note += f"; it was saved with {before['world_size']} processes: BatchNorm now sees batches of another size"
+            if before.get("decoder", decoder := self.session.loaders.train.decoder) != decoder:
+                note += f"; until then images were decoded by {before['decoder']}: pixels now differ slightly"
+            self.records.say(f"resuming after epoch {before['epoch']}{note}")
 
     def _save_description(self) -> None:
         if not self.runtime.is_main:
             return
         record = environment_record(self.runtime, self.config)
         record["data"] = {
-            split: {"num_images": len(index), "fingerprint": index.fingerprint()}
+            split: {"num_images": len(index), "fingerprint": index.fingerprint}
             for split, index in zip(("train", "val"), self.session.indices, strict=True)
         }
         record["preprocessing"] = to_plain(self.session.preprocessing)

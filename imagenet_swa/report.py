@@ -153,6 +153,9 @@ def _report_text(run: RunFiles) -> str:
         f"- machine: {machine}; processes: {run.environment['world_size']}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
+    num_left_out = max(result.get("num_left_out", 0) for result in run.results)
+    if num_left_out:
+        lines.append(f"- **{num_left_out} validation images were left out**: they cannot be decoded (bad-images-rank-*.tsv)")
     if paper_figure(model["name"], "pretrained", 0):
         lines.append(
             "- paper: Izmailov et al. 2018, Table 2, mean ± standard deviation of 3 runs; its pretrained column is from the "

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from imagenet_swa.config import Config, Preprocessing
+from imagenet_swa.config import Config, Preprocessing, require
 from imagenet_swa.data.imagenet import NUM_VAL, published_top1
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.loaders import Loaders, build_indices, build_loaders
 from imagenet_swa.data.sampling import evaluation_batches
+from imagenet_swa.data.sources import progress_bar
+from imagenet_swa.engine import check_left_out
 from imagenet_swa.evaluate import Evaluation, evaluate
 from imagenet_swa.models import Weights, check_forward, load_pretrained, load_weights, resolve_preprocessing
 from imagenet_swa.records import Ticker, no_progress
@@ -34,7 +36,7 @@ class Session:
     def open(cls, config: Config) -> "Session":
         """Processes, images and the pretrained network (in host memory), in the order in which bad input is cheapest."""
         runtime = start_runtime(config)
-        indices = build_indices(config)
+        indices = build_indices(config, runtime, progress_bar)
         torch.manual_seed(config.seed)  # random weights are the same on every rank, as the averages of all ranks must be
         with runtime.local_main_first():
             network = load_pretrained(config.model)
@@ -44,14 +46,13 @@ class Session:
 
     def describe(self) -> list[str]:
         """Network, preprocessing and images, a line each."""
-        model, data = self.config.model, self.config.data
+        model = self.config.model
         weights = model.weights or ("by that name" if model.pretrained else "random")
         num_train, num_val = map(len, self.indices)
         return [
             f"network: {model.library} {model.name}, weights {weights}",
             f"preprocessing: {self.preprocessing.describe()}",
-            f"images: {num_train:,} for training, {num_val:,} for validation; "
-            + ("made up" if data.synthetic else f"decoded by {data.backend}"),
+            f"images: {num_train:,} for training, {num_val:,} for validation; decoded by {self.loaders.train.decoder}",
         ]
 
     def network_with(self, weights: Weights) -> nn.Module:
@@ -77,7 +78,7 @@ class Session:
             batch_size=self.config.evaluation.batch_size,
         )
         with progress(len(batches)) as ticker:
-            return evaluate(
+            evaluations = evaluate(
                 networks,
                 ticker.follow(self.loaders.val.evaluation_stream(batches)),
                 index.labels,
@@ -86,6 +87,13 @@ class Session:
                 sum_over_ranks=self.runtime.sum,
                 forward_context=lambda: self.runtime.autocast(self.config.evaluation.precision),
             )
+        num_left_out = max(evaluation.num_left_out for evaluation in evaluations.values())
+        check_left_out(num_left_out, self.config)
+        require(
+            num_left_out < len(index),
+            f"{num_left_out} images of data.val cannot be decoded and none is left; look at the data with `imagenet-swa verify`",
+        )
+        return evaluations
 
 
 def evaluate_network(config: Config) -> Evaluation:

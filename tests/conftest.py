@@ -20,6 +20,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from imagenet_swa.config import Preprocessing
+from imagenet_swa.data.index import ImageIndex, make_index
+from imagenet_swa.data.sources import Source, scan
 
 PROJECT = Path(__file__).resolve().parents[1]
 REAL_DATA = Path(os.environ.get("IMAGENET_SWA_TEST_DATA", PROJECT.parent / "shared" / "data"))
@@ -111,6 +113,21 @@ def preprocessing(**changes: object) -> Preprocessing:
         horizontal_flip=True,
     )
     return replace(unit, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def index_folder(root: Path) -> ImageIndex:
+    """The index of a folder of class folders."""
+    return scan(Source("train", str(root)), num_classes=1000)[0]
+
+
+def index_list(list_file: Path, root: Path, num_classes: int = 1000) -> ImageIndex:
+    """The index of a list file whose paths start from `root`."""
+    return scan(Source("train", str(root), str(list_file)), num_classes=num_classes)[0]
+
+
+def index_names(root: Path, names: Sequence[bytes], labels: Sequence[int] | None = None) -> ImageIndex:
+    """An index of files of these names, whatever they hold and whether they exist."""
+    return make_index(str(root), list(names), list(labels or range(len(names))), [-1] * len(names))
 
 
 def run(

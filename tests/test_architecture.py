@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,20 +17,33 @@ MAX_LINES = 350
 
 # From low to high. A module imports from lower layers only, never from its own.
 LAYERS = [
-    ["__init__", "config", "schedule", "data.__init__", "data.imagenet", "data.sampling"],
-    ["report", "data.index", "models"],
-    ["averaging", "optim", "runtime", "data.batch"],
-    ["records", "data.synthetic"],
-    ["batchnorm", "checkpoint", "evaluate", "data.dali", "data.torch_loader"],
-    ["engine", "data.loaders"],
-    ["session"],
-    ["finetune"],
-    ["doctor"],
+    [
+        *("__init__", "config", "schedule"),
+        *("data.__init__", "data.imagenet", "data.native.__init__", "data.sampling", "data.buffers"),
+    ],
+    [
+        *("report", "models", "optim", "runtime", "bench.alternatives"),
+        *("data.storage", "data.resize", "data.restart", "data.findings", "data.prepare.workers"),
+    ],
+    ["averaging", "batchnorm", "records", "bench.results", "data.index", "data.prepare.copies", "data.prepare.labels"],
+    ["checkpoint", "bench.measure", "data.batch", "data.encoded", "data.shards"],
+    ["evaluate", "engine", "data.crops", "data.torch_loader", "data.synthetic", "data.sources"],
+    ["data.dali", "data.examine", "data.index_cache", "data.prepare.parquet"],
+    ["data.loaders", "data.verify", "data.prepare.archives"],
+    ["session", "bench.__init__", "data.prepare.units"],
+    ["finetune", "doctor", "data.prepare.report"],
+    ["data.prepare.__init__"],
     ["cli"],
     ["train", "__main__"],
 ]
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
-WITHOUT_TORCH = [*LAYERS[0], "report", "cli"]
+WITHOUT_TORCH = [
+    *LAYERS[0],
+    *("report", "cli"),
+    *("data.storage", "data.index", "data.sources", "data.index_cache", "data.encoded", "data.resize", "data.restart"),
+    *("data.crops", "data.shards", "data.examine", "data.findings", "data.verify"),
+    *[module for module in chain(*LAYERS) if module.startswith("data.prepare.")],
+]
 HEAVY = ("torch", "torchvision", "timm", "accelerate")
 
 
@@ -64,7 +78,8 @@ def imported_modules(path: Path) -> set[str]:
     for name in imported_names(path):
         if name.split(".")[0] == "imagenet_swa":
             inner = name.removeprefix("imagenet_swa").removeprefix(".")
-            candidates = (inner, inner.rpartition(".")[0], f"{inner}.__init__", "__init__")
+            outer = inner.rpartition(".")[0]
+            candidates = (inner, f"{inner}.__init__", outer, f"{outer}.__init__", "__init__")
             modules.add(next(candidate for candidate in candidates if candidate in LAYER_OF))
     return modules
 
@@ -93,8 +108,9 @@ def test_imports_go_to_lower_layers_only(module: str):
 def test_the_reading_of_imports_sees_what_is_there():
     """The checks above rest on finding imports: those of some modules as a reader sees them."""
     files = module_files()
-    assert imported_modules(files["data.index"]) == {"config", "data.imagenet"}
+    assert imported_modules(files["data.index"]) == {"config", "data.imagenet", "data.storage"}
     assert imported_modules(files["averaging"]) == {"models"}
+    assert "data.native.__init__" in imported_modules(files["data.resize"])
     assert imported_modules(files["cli"]) >= {"__init__", "config", "finetune", "report", "doctor"}
     assert imported_modules(files["data.loaders"]) >= {"data.dali", "data.torch_loader"}
     assert imported_modules(files["schedule"]) == set()
@@ -103,7 +119,9 @@ def test_the_reading_of_imports_sees_what_is_there():
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 @pytest.mark.parametrize("package", HEAVY)
 def test_light_modules_import_nothing_heavy(module: str, package: str):
-    """Settings, schedule, sampling, facts and report never import torch, timm or accelerate; the command line not at its top."""
+    """What reads and checks data, settings, facts and reports never import torch, timm, accelerate; the command line not at its
+    top.
+    """
     assert not imports_package(module_files()[module], package, at_import_time_only=module == "cli")
 
 
@@ -128,16 +146,18 @@ def test_packages_import_nothing():
 @pytest.mark.parametrize(
     ("package", "modules"),
     [
-        ("nvidia", {"data.dali", "doctor"}),
+        ("nvidia", {"data.dali", "doctor", "bench.alternatives"}),
         ("jsonargparse", {"cli"}),
         ("accelerate", {"runtime"}),
         ("timm", {"models", "finetune"}),
-        ("matplotlib", {"report"}),
-        ("PIL", {"data.torch_loader"}),
+        ("matplotlib", {"report", "bench.results"}),
+        ("PIL", {"data.torch_loader", "data.encoded", "data.examine", "data.prepare.__init__", "data.prepare.copies"}),
+        ("ctypes", {"data.native.__init__", "data.resize", "data.restart", "data.buffers"}),
+        ("scipy", {"data.prepare.labels"}),
     ],
 )
 def test_a_library_has_its_module(package: str, modules: set[str]):
-    """DALI, the parser, Accelerate, timm, plots and PIL are each known to the modules whose duty they are, and to no other."""
+    """DALI, the parser, Accelerate, timm, plots, PIL, C code and SciPy are known to the modules whose duty they are, no other."""
     assert importers_of(package) == modules
 
 

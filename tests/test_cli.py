@@ -68,7 +68,8 @@ def test_version(capsys: pytest.CaptureFixture[str], flag: str):
 def test_unknown_command(capsys: pytest.CaptureFixture[str]):
     """An unknown command is refused with all that there are."""
     assert main(["trian"]) == 2
-    assert error_line(capsys) == "imagenet-swa: error: unknown command 'trian'; wanted one of train, evaluate, report, doctor"
+    wanted = "train, evaluate, report, index, verify, prepare, bench, doctor"
+    assert error_line(capsys) == f"imagenet-swa: error: unknown command 'trian'; wanted one of {wanted}"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "doctor"])
@@ -242,7 +243,7 @@ def test_the_disk_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert train(tmp_path) == 1
     line = error_line(capsys)
     assert f"{os.strerror(number)} (/some/file)" in line
-    assert "checkpoints already written are whole, and the same command goes on from them" in line
+    assert "checkpoints already written are whole, and the same command goes on from the last one" in line
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), RuntimeError("a bug"), AssertionError()])
@@ -302,7 +303,10 @@ def test_interrupt_in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     monkeypatch.setattr(finetune_module, "finetune", fail)
     assert train(tmp_path) == 130
-    assert error_line(capsys) == "imagenet-swa: error: interrupted; the same command goes on from the last checkpoint"
+    assert (
+        error_line(capsys)
+        == "imagenet-swa: error: interrupted; checkpoints already written are whole, and the same command goes on from the last one"
+    )
 
 
 def test_interrupt_in_earnest(tmp_path: Path):
@@ -326,7 +330,10 @@ def test_interrupt_in_earnest(tmp_path: Path):
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "imagenet-swa: error: interrupted; the same command goes on from the last checkpoint"
+    assert (
+        err.splitlines()[-1]
+        == "imagenet-swa: error: interrupted; checkpoints already written are whole, and the same command goes on from the last one"
+    )
     checkpoints = [path for path in (tmp_path / "run/checkpoints").iterdir() if path.suffix != ".partial"]
     assert len(checkpoints) >= 1
     assert all(what_is_wrong(path) is None for path in checkpoints)

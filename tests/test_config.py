@@ -84,6 +84,7 @@ REFUSED = {
     "--preprocessing.image_size=0": "got 0",
     "--preprocessing.resize=-256": "got -256",
     "--preprocessing.std=[0.2,0,0.2]": "got (0.2, 0.0, 0.2)",
+    "--data.max_bad_images=-1": "got -1",
     "--data.prefetch=0": "got 0",
     "--data.num_workers=-1": "got -1",
     "--data.synthetic_num_images=[0,5]": "got (0, 5)",
@@ -127,7 +128,7 @@ ACCEPTED = [
     "--preprocessing.crop_aspect=[1,1]",
     "--preprocessing.image_size=1 --preprocessing.resize=1",
     "--preprocessing.std=[0.001,1,1]",
-    "--data.prefetch=1 --data.num_workers=0 --data.synthetic_num_images=[1,1]",
+    "--data.prefetch=1 --data.num_workers=0 --data.synthetic_num_images=[1,1] --data.max_bad_images=0",
     "--swa.num_epochs=1 --swa.cycle_epochs=1",
     "--swa.num_epochs=6 --swa.cycle_epochs=3 --swa.report_epochs=[3,300]",
     "--swa.lr_min=0 --swa.lr_max=0",
@@ -355,7 +356,8 @@ def test_unusable_file_is_refused(tmp_path: Path):
 # Names as people give them, odd ones included, that begin with a letter: jsonargparse reads some signs alone, `?` or `1e5`, as
 # YAML of its own, and `null` as no path.
 NAMES = st.from_regex(r"[a-zA-Zé日/][\w .,:#'\"=+~!*@&%\[\]{}/-]{0,12}", fullmatch=True)
-PATHS = st.none() | NAMES.filter(lambda name: name.lower() != "null").map(Path)
+NAMES_OR_NONE = st.none() | NAMES.filter(lambda name: name.lower() != "null")
+PATHS = NAMES_OR_NONE.map(lambda name: None if name is None else Path(name))
 POSITIVE = st.floats(1e-12, 1e6)
 TRIPLES = st.none() | st.tuples(POSITIVE, POSITIVE, POSITIVE)
 SIZES = st.none() | st.integers(1, 10_000)
@@ -405,14 +407,19 @@ CONFIGS = st.builds(
     ),
     data=st.builds(
         DataConfig,
-        train=PATHS,
-        train_list=PATHS,
-        val=PATHS,
-        val_list=PATHS,
+        train=NAMES_OR_NONE | st.sampled_from(["s3://bucket/train-*.tar", "/data/train-{0000..1023}.tar"]),
+        train_list=NAMES_OR_NONE,
+        val=NAMES_OR_NONE,
+        val_list=NAMES_OR_NONE,
+        index=PATHS,
+        quarantine=PATHS,
+        on_bad_image=st.sampled_from(["stop", "skip"]),
+        max_bad_images=st.integers(0, 10**7),
         synthetic=st.booleans(),
         synthetic_num_images=st.tuples(st.integers(1, 10**7), st.integers(1, 10**7)),
         backend=st.sampled_from(["dali", "torchvision"]),
         decode=st.sampled_from(["auto", "cpu", "gpu"]),
+        resize=st.sampled_from(["auto", "compiled", "dali"]),
         num_workers=st.none() | st.integers(0, 100),
         prefetch=st.integers(1, 10),
     ),
@@ -497,10 +504,15 @@ OTHER_VALUES = {
     "data.train_list": "list.txt",
     "data.val": "folder",
     "data.val_list": "list.txt",
+    "data.index": "folder",
+    "data.quarantine": "bad.tsv",
+    "data.on_bad_image": "skip",
+    "data.max_bad_images": "7",
     "data.synthetic": "true",
     "data.synthetic_num_images": "[3,4]",
     "data.backend": "torchvision",
     "data.decode": "cpu",
+    "data.resize": "dali",
     "data.num_workers": "3",
     "data.prefetch": "3",
     "swa.num_epochs": "20",
@@ -526,9 +538,12 @@ OTHER_VALUES = {
     "speed.fused_optimizer": "false",
     "speed.max_batch_size_per_device": "3",
 }
-# What may change between the two halves of a run without changing its training.
+# What may change between the two halves of a run without changing its training, and where the images are: what they are is
+# for their fingerprints to say.
 FREE_TO_CHANGE = {
     *("output", "resume", "checkpoints_to_keep", "log_every", "trackers", "data.num_workers", "data.prefetch"),
+    *("data.train", "data.train_list", "data.val", "data.val_list", "data.index", "data.quarantine", "data.decode"),
+    *("data.on_bad_image", "data.max_bad_images"),
     *("swa.include_pretrained", "swa.report_epochs", "evaluation.captures"),
 }
 

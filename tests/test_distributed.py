@@ -19,10 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from conftest import QUICK_RUN, run
+from conftest import QUICK_RUN, index_folder, run
 from safetensors.torch import load_file, save_file
 
-from imagenet_swa.data.index import index_folder
 from imagenet_swa.data.sampling import training_batches
 
 Weights = dict[str, torch.Tensor]

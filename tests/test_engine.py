@@ -31,6 +31,8 @@ NUM_IMAGES, NUM_CLASSES = 50, 4
 class Loader:
     """Images of random numbers; image `poisoned` is all NaN."""
 
+    decoder = "nobody: made up"
+
     def __init__(self, poisoned: int | None = None) -> None:
         self.index: ImageIndex = synthetic_index(NUM_IMAGES, NUM_CLASSES)
         self.images = torch.randn(NUM_IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(0))

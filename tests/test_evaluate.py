@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def in_numpy(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> tuple[N
 
 def check_against_numpy(evaluation: Evaluation, logits: NDArray[np.floating], labels: NDArray[np.int64]) -> None:
     ranked, log_prob = in_numpy(logits, labels)
+    np.testing.assert_array_equal(evaluation.indices, np.arange(len(labels)))
     np.testing.assert_array_equal(evaluation.labels, labels)
     np.testing.assert_array_equal(evaluation.ranked, ranked)
     np.testing.assert_allclose(evaluation.label_log_prob, log_prob, atol=3e-6)
@@ -138,7 +140,7 @@ def evaluate_alone(logits: NDArray[np.floating], labels: NDArray[np.int64], indi
 
 def check_identical(one: Evaluation, other: Evaluation) -> None:
     """Equal to the last bit."""
-    for name in ("labels", "ranked", "label_log_prob"):
+    for name in ("indices", "labels", "ranked", "label_log_prob"):
         assert getattr(one, name).tobytes() == getattr(other, name).tobytes(), name
     assert one.summary() == other.summary()
 
@@ -229,6 +231,44 @@ def test_an_image_that_two_ranks_saw_is_refused_on_both() -> None:
     errors = in_threads(2, work)
     assert all(isinstance(error, RuntimeError) for error in errors)
     assert [str(error) for error in errors] == ["of 5 images 0 were never evaluated and 1 more than once"] * 2
+
+
+# --------------------------------------------------------------------------------------------------------- bad images
+
+
+def without(batches: Iterator[Batch], bad: set[int], labels: NDArray[np.int64]) -> Iterator[Batch]:
+    """The batches as a loader yields them that cannot decode these images."""
+    for batch in batches:
+        numbers = batch.indices.tolist()
+        kept = batch_of(np.array([i for i in numbers if i not in bad], np.int64), labels)
+        yield replace(kept, left_out=tuple(i for i in numbers if i in bad))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), num=st.integers(2, 30), world_size=st.integers(1, 3), batch_size=st.integers(1, 8))
+def test_images_left_out_count_nowhere(data: st.DataObject, num: int, world_size: int, batch_size: int) -> None:
+    """With images left out, on any ranks, whole batches included, every rank has numpy's numbers of the others."""
+    bad = data.draw(st.sets(st.integers(0, num - 1), max_size=num - 1))
+    logits, labels = some_logits(num, 7), some_labels(num, 7)
+    kept = np.array(sorted(set(range(num)) - bad))
+
+    def work(rank: int, sum_over_ranks: Sum) -> Evaluation:
+        batches = without(batches_of_rank(labels, rank, world_size, batch_size), bad, labels)
+        network = {"network": Table(logits)}
+        return evaluate(network, batches, labels, num_classes=7, device=CPU, sum_over_ranks=sum_over_ranks)["network"]
+
+    for evaluation in in_threads(world_size, work):
+        np.testing.assert_array_equal(evaluation.indices, kept)
+        assert evaluation.num_left_out == evaluation.summary()["num_left_out"] == len(bad)
+        check_against_numpy(replace(evaluation, indices=np.arange(len(kept))), logits[kept], labels[kept])
+
+
+def test_an_image_both_evaluated_and_left_out_is_refused() -> None:
+    """An image that one batch holds and another says it left out is counted twice, which no result may be."""
+    logits, labels = some_logits(4, 3), some_labels(4, 3)
+    batches = [batch_of(np.arange(4), labels), replace(batch_of(np.arange(0), labels), left_out=(2,))]
+    with pytest.raises(RuntimeError, match="of 4 images 0 were never evaluated and 1 more than once"):
+        evaluate({"network": Table(logits)}, batches, labels, num_classes=3, device=CPU)
 
 
 # ------------------------------------------------------------------------------------------------------ real processes

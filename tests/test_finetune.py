@@ -393,7 +393,8 @@ def test_averages_far_below_captures_are_commented_on(tmp_path: Path, monkeypatc
     def evaluate(_self: Session, networks: dict[str, nn.Module], *_: Any, **__: Any) -> dict[str, Evaluation]:
         right, wrong = np.zeros((4, 5), int), np.ones((4, 5), int)
         labels, log_prob = np.zeros(4, int), np.full(4, -1.0)
-        return {name: Evaluation(labels, right if name == "capture" else wrong, log_prob) for name in networks}
+        answers = {name: right if name == "capture" else wrong for name in networks}
+        return {name: Evaluation(np.arange(4), labels, ranked, log_prob) for name, ranked in answers.items()}
 
     monkeypatch.setattr(Session, "evaluate", evaluate)
     run = train(tmp_path / "run", *ONE_EPOCH)

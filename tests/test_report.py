@@ -174,6 +174,17 @@ def test_report_tells_how_it_was_made(tmp_path: Path):
         assert words in text
 
 
+@pytest.mark.parametrize("numbers", [(7, 7), (0, 7)], ids=["in all", "since a later evaluation"])
+def test_images_left_out_are_told(tmp_path: Path, numbers: tuple[int, int]):
+    """The report says how many validation images could not be decoded, in whichever evaluation, and nothing where all could."""
+    results = [found | {"num_left_out": number} for found, number in zip(RESULTS, numbers, strict=False)]
+    text = write_report(make_run(tmp_path / "some", results)).read_text()
+    assert "**7 validation images were left out**: they cannot be decoded" in text
+    assert "left out" not in write_report(make_run(tmp_path / "none")).read_text()
+    none = [found | {"num_left_out": 0} for found in RESULTS]
+    assert "left out" not in write_report(make_run(tmp_path / "zero", none)).read_text()
+
+
 def test_trajectory(tmp_path: Path):
     """trajectory.png is a picture with the drawing in more than one colour."""
     write_report(make_run(tmp_path))

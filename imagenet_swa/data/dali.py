@@ -1,13 +1,14 @@
-"""The NVIDIA DALI backend: files in, normalised batches out, on the CPU or decoded on the GPU.
+"""The NVIDIA DALI backend: encoded images in, normalised batches out, on the CPU or decoded on the GPU.
 
-No DALI reader and no DALI random numbers: an external source says which files come next and what chance decided about
-their crops, so that a stream follows from its arguments alone. A pipeline lives as long as one stream.
+No DALI reader and no DALI random numbers: an external source hands over bytes and crop windows, so that a stream follows
+from its arguments alone. A pipeline lives as long as one stream. On the CPU, our compiled resize takes the place of DALI's.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, Literal
 
 import numpy as np
 import nvidia.dali as dali
@@ -16,27 +17,41 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 
 from imagenet_swa.config import Preprocessing
-from imagenet_swa.data.batch import BadImageError, Batch, labels_on
+from imagenet_swa.data.batch import BadImages, Batch, labels_on
+from imagenet_swa.data.buffers import Buffers, keep_freed_memory
+from imagenet_swa.data.crops import EncodedCrops, evaluation_crops, training_crops
+from imagenet_swa.data.encoded import EncodedImages, ahead, in_background, why_undecodable
 from imagenet_swa.data.index import ImageIndex
-from imagenet_swa.data.sampling import NUM_TRIES, Indices, draw_crops
+from imagenet_swa.data.resize import PixelAddresses, resize_in_threads
+from imagenet_swa.data.sampling import Indices
 
 Mode = Literal["train", "evaluation"]
-Fields = tuple[list[np.ndarray], ...]
 # DALI makes its operators and types while it is imported, where a type checker cannot see them.
 fn: Any = dali.fn
-math: Any = dali.math
 types: Any = dali.types
 
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
-_OPERATORS_THAT_READ = ("io.file.read", "peek_image_shape", "decoders.image")
-# Name, number of dimensions and type of what the source feeds per image, after the path.
-_TRAIN_FIELDS = (
-    ("width_factor", 1, types.FLOAT64),
-    ("height_factor", 1, types.FLOAT64),
-    ("top", 0, types.FLOAT64),
-    ("left", 0, types.FLOAT64),
-    ("flip", 0, types.INT32),
-)
+# What the source feeds per image: number of dimensions and type.
+_FIELDS = {
+    "encoded": (1, types.UINT8),
+    "start": (1, types.INT32),
+    "shape": (1, types.INT32),
+    "flip": (0, types.INT32),
+    "roi_start": (1, types.FLOAT),
+    "roi_end": (1, types.FLOAT),
+}
+# What it feeds of a batch that has no image, since DALI takes no empty one: a pixel that nobody looks at.
+_PLACEHOLDER = {
+    "encoded": np.frombuffer(b"P6\n1 1\n255\n\0\0\0", np.uint8),
+    "start": np.zeros(2, np.int32),
+    "shape": np.ones(2, np.int32),
+    "flip": np.zeros((), np.int32),
+    "roi_start": np.zeros(2, np.float32),
+    "roi_end": np.ones(2, np.float32),
+}
+
+
+_Pixels = Generator[tuple[torch.Tensor, EncodedCrops], None, None]
 
 
 class DaliLoader:
@@ -52,7 +67,9 @@ class DaliLoader:
         decode_on_gpu: bool,
         num_threads: int,
         prefetch: int,
+        compiled_resize: bool = False,
         channels_last: bool = True,
+        bad_images: BadImages | None = None,
     ) -> None:
         self.index = index
         self._preprocessing = preprocessing
@@ -61,210 +78,265 @@ class DaliLoader:
         self._decode_on_gpu = decode_on_gpu
         self._num_threads = max(1, num_threads)
         self._prefetch = prefetch
+        self._compiled = compiled_resize and not decode_on_gpu
+        self.decoder = f"DALI on the {'GPU' if decode_on_gpu else 'CPU'}" + (", compiled resize" if self._compiled else "")
         self._channels_last = channels_last
+        self._bad_images = bad_images or BadImages(index)
+        keep_freed_memory()
+        self._buffers, self._files = Buffers(num_kept=prefetch + 3), Buffers(num_kept=2 * prefetch + 4)
+        mean, std = (np.array(v, np.float32) for v in (preprocessing.mean, preprocessing.std))
+        self._scale, self._bias = 1 / (255 * std), -mean / std
 
     def training_stream(self, batches: Iterable[Indices], *, epoch: int) -> Iterator[Batch]:
-        """See `ImageLoader`. Raises BadImageError with the file's name."""
+        """See `ImageLoader`. Raises BadImageError with the file's name, or leaves the image out."""
         return self._stream("train", batches, epoch)
 
     def evaluation_stream(self, batches: Iterable[Indices]) -> Iterator[Batch]:
-        """See `ImageLoader`. Raises BadImageError with the file's name."""
+        """See `ImageLoader`. Raises BadImageError with the file's name, or leaves the image out."""
         return self._stream("evaluation", batches, epoch=0)
 
-    def windows(self, batches: Iterable[Indices], *, epoch: int) -> Iterator[np.ndarray]:
-        """The training crops as DALI computes them, (n, 4) top, left, height, width: for checking against numpy."""
-        batches = list(batches)
-        source = (self._fields("train", indices, epoch) for indices in batches)
-        pipeline = self._build("train", source, max(map(len, batches)), windows_only=True)
-        for _ in batches:
-            windows, _ = pipeline.run()
-            yield np.array(windows.as_cpu().as_tensor())
+    # ------------------------------------------------------------------------------------------------- the stream
 
     def _stream(self, mode: Mode, batches: Iterable[Indices], epoch: int) -> Iterator[Batch]:
         batches = [np.asarray(indices, np.int64) for indices in batches]
-        if not batches:
-            return
-        in_flight: deque[Indices] = deque()  # fed to the pipeline, not yet returned by it, oldest first
+        batch_size = max(map(len, batches), default=1) or 1  # of the pipeline, which takes no larger ones than it was built for
+        self._bad_images.start_pass()
+        # Closed from the last to the first, also where an exception goes on holding this frame.
+        with (
+            closing(EncodedImages(self.index, self._num_threads, self._files)) as encoded,
+            closing(ahead(lambda indices: self._prepare(mode, encoded, indices, epoch), batches, self._prefetch + 1)) as prepared,
+            closing(self._pixels(mode, prepared, batch_size)) as pixels,
+        ):
+            for images, batch in pixels:
+                self._bad_images.leave_out(batch.bad, num_good=len(batch) if mode == "train" else None)
+                labels = labels_on(self._device, self.index.labels[batch.indices])
+                yield Batch(self._finish(images), labels, batch.indices, tuple(batch.bad))
 
-        def source() -> Iterator[Fields]:
-            for indices in batches:
-                in_flight.append(indices)
-                yield self._fields(mode, indices, epoch)
+    def _prepare(self, mode: Mode, encoded: EncodedImages, indices: Indices, epoch: int) -> EncodedCrops:
+        """Read the images of a batch and work out what is to be decoded of them."""
+        found = encoded.read_batch(indices)
+        if mode == "train":
+            crops = training_crops(found, self._preprocessing, seed=self._seed, epoch=epoch)
+        else:
+            crops = evaluation_crops(found, self._preprocessing)
+        return crops.with_segments(lambda size: self._files.take((size,), np.uint8)) if self._takes_windows(mode) else crops
 
-        pipeline = self._build(mode, source(), max(map(len, batches)))
+    def _takes_windows(self, mode: Mode) -> bool:
+        """Whether the pipeline decodes a window of an image; DALI's own resize of a whole image wants all of it."""
+        return self._compiled or (mode == "train" and not self._decode_on_gpu)
+
+    def _outputs(self, mode: Mode, prepared: Iterator[EncodedCrops], batch_size: int) -> Iterator[tuple[Any, EncodedCrops]]:
+        """What the pipeline makes of each batch, until the next one is asked for; of images that fail, nothing.
+
+        DALI would go on with the next batch after an error without a word, so a pipeline that failed is not used again:
+        the images that it had are tried one by one, and a fresh one goes on with those that can be decoded.
+        """
+        in_flight: deque[EncodedCrops] = deque()  # fed to the pipeline, not yet returned by it, oldest first
+        fed: deque[Any] = deque(maxlen=self._prefetch + 4)  # memory that DALI reads while they are in flight
+        again: deque[EncodedCrops] = deque()
+
+        def source() -> Iterator[tuple[Any, ...]]:
+            while True:
+                batch = again.popleft() if again else next(prepared, None)
+                if batch is None:
+                    return
+                in_flight.append(batch)
+                fed.append(self._fields(mode, batch))
+                yield fed[-1]
+
         # On a GPU, DALI's output and its copy belong to torch's stream: each waits for the other there, not on the host.
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        for _ in batches:
+        stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
+        pipeline = self._build(mode, source(), batch_size)
+        while True:
             try:
-                (images,) = pipeline.run(stream)
-            except (RuntimeError, OSError) as error:
-                # DALI would go on with the next batch without a word; this pipeline is not used again.
-                self._name_the_culprit(mode, [i for indices in in_flight for i in indices], epoch, error)
-            indices = in_flight.popleft()
-            yield Batch(self._to_torch(images, stream), labels_on(self._device, self.index.labels[indices]), indices)
+                (pixels,) = pipeline.run(stream)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError):
+                bad = self._undecodable(mode, in_flight)
+                if not bad:
+                    raise
+                again.extendleft(reversed([batch.without(bad) for batch in in_flight]))
+                in_flight.clear()
+                pipeline = self._build(mode, source(), batch_size)
+                continue
+            yield pixels, in_flight[0]
+            in_flight.popleft()
 
-    def _to_torch(self, images: Any, stream: torch.cuda.Stream | None) -> torch.Tensor:
-        """A copy of DALI's output, whose memory the next run overwrites, as (n, 3, H, W)."""
-        tensor = images.as_tensor()
-        result = torch.empty(tensor.shape(), dtype=torch.float32, device=self._device)
-        feed_ndarray(tensor, result, cuda_stream=stream)
-        return result.permute(0, 3, 1, 2) if self._channels_last else result
+    def _undecodable(self, mode: Mode, in_flight: Iterable[EncodedCrops]) -> dict[int, str]:
+        """Numbers of the images that fail when they are alone in a pipeline, and why.
 
-    def _fields(self, mode: Mode, indices: Indices, epoch: int) -> Fields:
-        """What the pipeline needs to know about a batch, a list per field with an array per image."""
-        paths = [np.frombuffer(self.index.path(i).encode("utf-8", "surrogateescape"), np.uint8) for i in indices]
-        if mode == "evaluation":
-            return (paths,)
+        None where all do, some of which Pillow decodes: then the fault is not theirs.
+        """
+        bad, num_images, num_sound = {}, 0, 0
+        for batch in in_flight:
+            for position, i in enumerate(batch.indices):
+                num_images += 1
+                try:
+                    self._build(mode, iter([self._fields(mode, batch.at([position], {}))]), 1).run()
+                except (RuntimeError, OSError) as error:
+                    reason = why_undecodable(batch.images[position].tobytes())
+                    num_sound += reason is None
+                    bad[int(i)] = reason or f"damaged or cut short (DALI: {_told(error)})"
+        return {} if num_sound > 1 and len(bad) == num_images else bad
+
+    # ------------------------------------------------------------------------------------------- pixels of a batch
+
+    def _pixels(self, mode: Mode, prepared: Iterator[EncodedCrops], batch_size: int) -> _Pixels:
+        """What `_finish` takes, (n, H, W, 3), of each batch; resized by us in a thread ahead of the one that trains."""
+        outputs = self._outputs(mode, prepared, batch_size)
+        if self._compiled:
+            return in_background(self._resized_on_host(mode, outputs), self._prefetch)
+        return self._pixels_from_pipeline(outputs)
+
+    def _pixels_from_pipeline(self, outputs: Iterator[tuple[Any, EncodedCrops]]) -> _Pixels:
+        """Copies of DALI's normalised output (n, H, W, 3), whose memory the next run overwrites."""
+        stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
+        size = self._preprocessing.image_size
+        for output, batch in outputs:
+            shape = (len(batch), size, size, 3)
+            if self._on_gpu:
+                copy = torch.empty(shape, dtype=torch.float32, device=self._device)
+            else:
+                copy = torch.from_numpy(self._buffers.take(shape, np.float32))
+            if len(batch):
+                feed_ndarray(output.as_tensor(), copy, cuda_stream=stream)
+            yield copy, batch
+
+    def _resized_on_host(self, mode: Mode, outputs: Iterator[tuple[Any, EncodedCrops]]) -> _Pixels:
+        """DALI's decoded images resized by our own code (n, H, W, 3): normalised float32 for the CPU, for a GPU uint8, a quarter
+        of the bytes to send, in page-locked memory.
+        """
         p = self._preprocessing
-        draws = draw_crops(
-            indices, seed=self._seed, epoch=epoch, area=p.crop_area, aspect=p.crop_aspect, horizontal_flip=p.horizontal_flip
-        )
-        columns = (draws.width_factor, draws.height_factor, draws.top, draws.left, draws.flip.astype(np.int32))
-        return (paths, *[list(map(np.asarray, column)) for column in columns])
+        size = p.image_size
+        interpolation = p.train_interpolation if mode == "train" else p.interpolation
+        normalise = {} if self._on_gpu else {"scale": self._scale, "bias": self._bias}
+        with ThreadPoolExecutor(self._num_threads, "resize") as pool:
+            for output, batch in outputs:
+                shape = (len(batch), size, size, 3)
+                if self._on_gpu:
+                    result = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+                else:
+                    result = torch.from_numpy(self._buffers.take(shape, np.float32))
+                resize_in_threads(
+                    pool,
+                    self._num_threads,
+                    _addresses(output, batch),
+                    resized=batch.resized,
+                    offsets=batch.offsets,
+                    flips=batch.flips,
+                    out=result.numpy(),
+                    interpolation=interpolation,
+                    **normalise,
+                )
+                yield result, batch
 
-    def _build(self, mode: Mode, source: Iterator[Fields], batch_size: int, windows_only: bool = False) -> Pipeline:
-        on_gpu = self._device.type == "cuda"
+    def _finish(self, images: torch.Tensor) -> torch.Tensor:
+        """(n, 3, H, W) float32 on the device from (n, H, W, 3)."""
+        if images.dtype == torch.uint8:
+            scale, bias = (torch.from_numpy(v).to(self._device) for v in (self._scale, self._bias))
+            images = images.to(self._device, non_blocking=True) * scale + bias
+        images = images.permute(0, 3, 1, 2)
+        return images if self._channels_last else images.contiguous()
+
+    # ------------------------------------------------------------------------------------------------ the pipeline
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
+    def _fields(self, mode: Mode, batch: EncodedCrops) -> tuple[Any, ...]:
+        """The batch as the pipeline takes it, in the order of `_field_names`."""
+        if not len(batch):
+            return tuple([_PLACEHOLDER[name]] for name in self._field_names(mode))
+        names, scale, size = self._field_names(mode), batch.sizes / batch.resized, self._preprocessing.image_size
+        fields: dict[str, Any] = {
+            "encoded": batch.images,
+            "start": batch.windows[:, :2].astype(np.int32),
+            "shape": batch.windows[:, 2:].astype(np.int32),
+            "flip": batch.flips.astype(np.int32),
+            "roi_start": (batch.offsets * scale).astype(np.float32),
+            "roi_end": ((batch.offsets + size) * scale).astype(np.float32),
+        }
+        # Views, whose memory DALI reads later: the tuple keeps it alive.
+        return tuple(
+            [fields[name][k] if name == "encoded" else fields[name][k, ...] for k in range(len(batch))] for name in names
+        )
+
+    def _field_names(self, mode: Mode) -> tuple[str, ...]:
+        if self._compiled:
+            return ("encoded", "start", "shape")
+        return ("encoded", "start", "shape", "flip") if mode == "train" else ("encoded", "roi_start", "roi_end")
+
+    def _build(self, mode: Mode, source: Iterator[tuple[Any, ...]], batch_size: int) -> Pipeline:
+        names = self._field_names(mode)
         pipeline = Pipeline(
             batch_size=batch_size,
             num_threads=self._num_threads,
-            device_id=(self._device.index or 0) if on_gpu else None,
+            device_id=(self._device.index or 0) if self._on_gpu and not self._compiled else None,
             prefetch_queue_depth=self._prefetch,
         )
         with pipeline:
-            fields = (("path", 1, types.UINT8), *(_TRAIN_FIELDS if mode == "train" else ()))
-            path, *draws = fn.external_source(
+            fed = fn.external_source(
                 source=source,
-                num_outputs=len(fields),
+                num_outputs=len(names),
                 batch=True,
-                ndim=[ndim for _, ndim, _ in fields],
-                dtype=[dtype for _, _, dtype in fields],
+                no_copy=not self._decode_on_gpu,  # on the CPU nobody reads the bytes after the batch was returned
+                ndim=[_FIELDS[name][0] for name in names],
+                dtype=[_FIELDS[name][1] for name in names],
             )
-            encoded = fn.io.file.read(path)
-            # ImageFolder does not turn images by their EXIF tag, so nothing here may.
-            shape = fn.peek_image_shape(encoded, adjust_orientation=False)
-            if mode == "train":
-                top, left, height, width = _crop_window(shape, draws, self._preprocessing.crop_aspect)
-                if windows_only:
-                    pipeline.set_outputs(fn.stack(top, left, height, width), draws[-1])
-                else:
-                    window = fn.stack(top, left), fn.stack(height, width)
-                    pipeline.set_outputs(self._training_images(encoded, window, draws[-1]))
-            else:
-                pipeline.set_outputs(self._evaluation_images(encoded, shape))
+            inputs = dict(zip(names, fed, strict=True))
+            images = self._decoded(inputs)
+            pipeline.set_outputs(images if self._compiled else self._resized_and_normalised(mode, images, inputs))
         pipeline.build()
         return pipeline
 
-    @property
-    def _decoder(self) -> dict[str, Any]:
-        return {
+    def _decoded(self, inputs: dict[str, Any]) -> Any:
+        """uint8 (h, w, 3): what lies under the window, or the whole image where DALI's resize is to crop it."""
+        options = {
             "device": "mixed" if self._decode_on_gpu else "cpu",
             "output_type": types.RGB,
+            # ImageFolder does not turn images by their EXIF tag, so nothing here may.
             "adjust_orientation": False,
             # nvJPEG's smooth chroma upsampling, as libjpeg (and so PIL) does it; the CPU decoder always does.
             "jpeg_fancy_upsampling": True,
         }
+        if "start" not in inputs:
+            return fn.decoders.image(inputs["encoded"], **options)
+        return fn.decoders.image_slice(inputs["encoded"], start=inputs["start"], shape=inputs["shape"], axes=[0, 1], **options)
 
-    def _training_images(self, encoded: Any, window: tuple[Any, Any], flip: Any) -> Any:
-        """Decodes only the part of the image under the window."""
-        images = fn.decoders.image_slice(encoded, start=window[0], shape=window[1], axes=[0, 1], **self._decoder)
-        size = self._preprocessing.image_size
-        filter_ = _FILTERS[self._preprocessing.train_interpolation]
-        images = fn.resize(images, size=[size, size], interp_type=filter_, antialias=True)
-        return self._normalise(images, flip)
-
-    def _evaluation_images(self, encoded: Any, shape: Any) -> Any:
-        """Resize of the shorter side and central crop as one resize of the region that the crop comes from.
-
-        Sizes by integer floor and the offset rounded half to even, as torchvision does both: a pixel's shift, which the
-        usual resize_shorter and crop make on most images, changes 2-3 % of the predictions.
-        """
-        p = self._preprocessing
-        height, width = shape[0], shape[1]
-        shorter = math.min(height, width)
-        starts, ends = [], []
-        for side in (height, width):
-            resized = side * p.resize // shorter
-            room = resized - p.image_size
-            half = room // 2
-            start = half + (room & 1) * (half & 1)
-            scale = fn.cast(side, dtype=types.FLOAT64) / fn.cast(resized, dtype=types.FLOAT64)
-            starts.append(fn.cast(start * scale, dtype=types.FLOAT))
-            ends.append(fn.cast((start + p.image_size) * scale, dtype=types.FLOAT))
+    def _resized_and_normalised(self, mode: Mode, images: Any, inputs: dict[str, Any]) -> Any:
+        """DALI's own resize; in evaluation resize and central crop as one resize of the region that the crop comes from."""
+        p, is_training = self._preprocessing, mode == "train"
+        region = {} if is_training else {"roi_start": inputs["roi_start"], "roi_end": inputs["roi_end"]}
         images = fn.resize(
-            fn.decoders.image(encoded, **self._decoder),
+            images,
             size=[p.image_size, p.image_size],
-            roi_start=fn.stack(*starts),
-            roi_end=fn.stack(*ends),
-            interp_type=_FILTERS[p.interpolation],
+            interp_type=_FILTERS[p.train_interpolation if is_training else p.interpolation],
             antialias=True,
+            **region,
         )
-        return self._normalise(images, flip=0)
-
-    def _normalise(self, images: Any, flip: Any) -> Any:
-        p = self._preprocessing
         images = fn.crop_mirror_normalize(
             images,
-            mirror=flip,
+            mirror=inputs["flip"] if is_training else 0,
             mean=[255 * m for m in p.mean],
             std=[255 * s for s in p.std],
             dtype=types.FLOAT,
-            output_layout="HWC" if self._channels_last else "CHW",
+            output_layout="HWC",
         )
-        return images.gpu() if self._device.type == "cuda" else images
-
-    def _name_the_culprit(self, mode: Mode, indices: list[int], epoch: int, error: Exception) -> NoReturn:
-        """Run each image alone; raise BadImageError for the first that fails, the original error if none does."""
-        for i in dict.fromkeys(indices):
-            pipeline = self._build(mode, iter([self._fields(mode, np.array([i]), epoch)]), batch_size=1)
-            try:
-                pipeline.run()
-            except (RuntimeError, OSError) as alone:
-                if any(operator in str(alone) for operator in _OPERATORS_THAT_READ):
-                    raise BadImageError(self.index.path(i), _reason(self.index.path(i), alone)) from None
-        raise error
+        return images.gpu() if self._on_gpu else images
 
 
-def _crop_window(shape: Any, draws: list[Any], aspect: tuple[float, float]) -> tuple[Any, Any, Any, Any]:
-    """`sampling.crop_windows` in DALI arithmetic: top, left, height, width as int32 scalars.
-
-    Everything in float64, where numpy and DALI agree to the last bit.
-    """
-    width_factor, height_factor, u_top, u_left, _ = draws
-    height, width = (fn.cast(shape[i], dtype=types.FLOAT64) for i in (0, 1))
-    root = math.sqrt(height * width)
-    w = math.floor(root * width_factor + 0.5)
-    h = math.floor(root * height_factor + 0.5)
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    earlier_is_more = types.Constant(np.arange(NUM_TRIES, 0, -1, dtype=np.int32), device="cpu")
-    score = fn.cast(fits, dtype=types.INT32) * earlier_is_more
-    best = fn.reductions.max(score)
-    found = fn.cast(best > 0, dtype=types.FLOAT64)
-    chosen = fn.cast((score == best) & (score > 0), dtype=types.FLOAT64)
-
-    def first_fit(sides: Any) -> Any:  # reductions do not take float64; sides in pixels are exact in int32
-        return fn.cast(fn.reductions.sum(fn.cast(chosen * sides, dtype=types.INT32)), dtype=types.FLOAT64)
-
-    central_w = math.max(math.min(width, math.floor(height * aspect[1] + 0.5)), 1.0)
-    central_h = math.max(math.min(height, math.floor(width / aspect[0] + 0.5)), 1.0)
-    w = first_fit(w) + (1.0 - found) * central_w
-    h = first_fit(h) + (1.0 - found) * central_h
-    top = found * math.floor(u_top * (height - h + 1.0)) + (1.0 - found) * math.floor((height - h) * 0.5)
-    left = found * math.floor(u_left * (width - w + 1.0)) + (1.0 - found) * math.floor((width - w) * 0.5)
-    to_int = {"dtype": types.INT32}
-    return fn.cast(top, **to_int), fn.cast(left, **to_int), fn.cast(h, **to_int), fn.cast(w, **to_int)
+def _addresses(output: Any, batch: EncodedCrops) -> PixelAddresses:
+    """Where the pictures lie of which DALI decoded windows: a picture's first pixel may be before the window's."""
+    shapes = np.array(output.shape(), np.int64).reshape(-1, 3)
+    strides = 3 * shapes[:, 1]
+    first = np.array([output[k].data_ptr() for k in range(len(batch))], np.int64)
+    before = batch.origins[:, 0] * strides + 3 * batch.origins[:, 1]
+    return PixelAddresses(addresses=(first - before).astype(np.uint64), sizes=batch.sizes, strides=strides)
 
 
-def _reason(path: str, error: Exception) -> str:
-    """Why DALI refused a file, in words; its own message is many lines and often names neither file nor reason."""
-    try:
-        with Path(path).open("rb") as file:
-            start = file.read(16)
-    except OSError as problem:
-        return str(problem.strerror).lower()
-    if not start:
-        return "the file is empty"
-    if not start.startswith((b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"II", b"MM", b"P5", b"P6")):
-        return f"not an image that DALI reads; it starts with {start[:8]!r}"
+def _told(error: Exception) -> str:
+    """What DALI's many lines say of the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = lines[lines.index("encountered:") + 1] if "encountered:" in lines[:-1] else lines[0]
-    return f"damaged or cut short (DALI: {told[:120]})"
+    return (lines[lines.index("encountered:") + 1] if "encountered:" in lines[:-1] else lines[0])[:120]

@@ -1,14 +1,20 @@
 """Choose and build the loaders of a run."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from imagenet_swa.config import Config, InputError, Preprocessing
-from imagenet_swa.data.batch import ImageLoader
-from imagenet_swa.data.index import ImageIndex, check_classes, check_same_classes, index_folder, index_list
+from imagenet_swa.data import resize
+from imagenet_swa.data.batch import BadImages, ImageLoader
+from imagenet_swa.data.index import ImageIndex, check_classes, check_labels, check_same_classes, load_index
+from imagenet_swa.data.index_cache import build_index, find_index, index_path, read_quarantine
+from imagenet_swa.data.sources import Source, Track, scan, source_of, untracked
 from imagenet_swa.data.synthetic import SyntheticLoader, synthetic_index
 from imagenet_swa.runtime import Runtime, num_cpus
+
+SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -19,56 +25,98 @@ class Loaders:
     val: ImageLoader
 
 
-def build_indices(config: Config) -> tuple[ImageIndex, ImageIndex]:
-    """The training and validation images that the configuration names.
+def build_indices(config: Config, runtime: Runtime | None = None, track: Track[Any] = untracked) -> tuple[ImageIndex, ImageIndex]:
+    """The training and validation images that the configuration names, less those in quarantine.
+
+    An index that `imagenet-swa index` built is used where there is one. Otherwise the data is read: by rank 0, which leaves
+    the index in `output`/index for the others.
 
     Raises:
-        InputError: nothing named, nothing found, or labels that cannot be the network's.
+        InputError: nothing named, nothing found, labels that cannot be the network's, or data that changed; on every rank.
     """
     if config.data.synthetic:
         num_train, num_val = config.data.synthetic_num_images
         return synthetic_index(num_train, config.model.num_classes), synthetic_index(num_val, config.model.num_classes)
-    train, val = (_index_split(config, split) for split in ("train", "val"))
+    train, val = (_index_of(config, split, runtime, track) for split in SPLITS)
     check_same_classes(train, val)
     return train, val
 
 
-def _index_split(config: Config, split: str) -> ImageIndex:
-    root, list_file = getattr(config.data, split), getattr(config.data, f"{split}_list")
-    if root is None:
-        raise InputError(f"data.{split} is not set: pass --data.{split} FOLDER, or --data.synthetic to run without data")
-    if list_file is not None:
-        return index_list(list_file, root, config.model.num_classes)
-    index = index_folder(root)
+def _index_of(config: Config, split: str, runtime: Runtime | None, track: Track[Any]) -> ImageIndex:
+    source = source_of(config.data, split)
+    if runtime is None or runtime.world_size == 1:
+        index = find_index(source, config.data.index) or scan(source, num_classes=config.model.num_classes, track=track)[0]
+    else:
+        index = _from_main(source, config, runtime, track)
     check_classes(index, split, config.model.num_classes)
-    return index
+    check_labels(index, split, config.model.num_classes)
+    if config.data.quarantine is None:
+        return index
+    kept = index.without(read_quarantine(config.data.quarantine, split))
+    if not len(kept):
+        raise InputError(f"{config.data.quarantine} leaves no image of data.{split}")
+    return kept
+
+
+def _from_main(source: Source, config: Config, runtime: Runtime, track: Track[Any]) -> ImageIndex:
+    """Rank 0 finds or builds the index, all others read its file; every rank raises what rank 0 raised."""
+    path, problem = None, None
+    if runtime.is_main:
+        try:
+            if find_index(source, config.data.index) is not None:
+                path = index_path(source, config.data.index)
+            else:
+                path = str(build_index(source, config.output / "index", num_classes=config.model.num_classes, track=track)[1])
+        except InputError as error:
+            problem = str(error)
+    path, problem = runtime.from_main((path, problem))
+    if problem is not None:
+        raise InputError(problem)
+    return load_index(path, source.root)[0]
 
 
 def build_loaders(
     config: Config, indices: tuple[ImageIndex, ImageIndex], preprocessing: Preprocessing, runtime: Runtime
 ) -> Loaders:
     """Loaders of the chosen backend for both splits, on this process's device."""
-    train, val = (_build_loader(config, index, preprocessing, runtime) for index in indices)
+    train, val = (
+        _build_loader(config, split, index, preprocessing, runtime) for split, index in zip(SPLITS, indices, strict=True)
+    )
     return Loaders(train=train, val=val)
 
 
-def _build_loader(config: Config, index: ImageIndex, preprocessing: Preprocessing, runtime: Runtime) -> ImageLoader:
-    data, on_gpu = config.data, runtime.device.type == "cuda"
-    common = {"seed": config.seed, "device": runtime.device, "channels_last": config.speed.channels_last}
+def _build_loader(config: Config, split: str, index: ImageIndex, preprocessing: Preprocessing, runtime: Runtime) -> ImageLoader:
+    data, common = config.data, {"seed": config.seed, "device": runtime.device, "channels_last": config.speed.channels_last}
     if data.synthetic:
         return SyntheticLoader(index, preprocessing, **common)
+    log = config.output / f"bad-images-rank-{runtime.rank}.tsv"
+    common |= {
+        "prefetch": data.prefetch,
+        "bad_images": BadImages(index, data.on_bad_image, data.max_bad_images, split=split, log=log),
+    }
     num_workers = data.num_workers if data.num_workers is not None else max(1, num_cpus() // runtime.local_world_size)
-    common |= {"prefetch": data.prefetch}
-    if data.decode == "gpu" and data.backend != "dali":
-        raise InputError(
-            f"data.decode is gpu, but only DALI decodes there and data.backend is {data.backend}; set one of the two"
-        )
     if data.backend == "torchvision":
+        if data.decode == "gpu":
+            raise InputError(
+                "data.decode is gpu, but only DALI decodes there and data.backend is torchvision; set one of the two"
+            )
         from imagenet_swa.data.torch_loader import TorchvisionLoader
 
         return TorchvisionLoader(index, preprocessing, num_workers=num_workers, **common)
+    return _build_dali_loader(config, index, preprocessing, runtime, num_threads=num_workers, **common)
+
+
+def _build_dali_loader(
+    config: Config, index: ImageIndex, preprocessing: Preprocessing, runtime: Runtime, **common: Any
+) -> ImageLoader:
+    data, on_gpu = config.data, runtime.device.type == "cuda"
     if data.decode == "gpu" and not on_gpu:
         raise InputError("data.decode is gpu, but no GPU was found; set it to auto or cpu")
+    if data.resize == "compiled" and not resize.available():
+        raise InputError(
+            "data.resize is compiled, but that part was not built; install a C compiler (gcc or clang) and the package again, "
+            "or set data.resize to auto"
+        )
     try:
         from imagenet_swa.data.dali import DaliLoader
     except ImportError:
@@ -76,4 +124,10 @@ def _build_loader(config: Config, index: ImageIndex, preprocessing: Preprocessin
         raise InputError(
             f"NVIDIA DALI is not installed: pip install 'imagenet-swa[dali-cuda{major}]', or pass --data.backend torchvision"
         ) from None
-    return DaliLoader(index, preprocessing, decode_on_gpu=on_gpu and data.decode != "cpu", num_threads=num_workers, **common)
+    return DaliLoader(
+        index,
+        preprocessing,
+        decode_on_gpu=on_gpu and data.decode != "cpu",
+        compiled_resize=data.resize != "dali" and resize.available(),
+        **common,
+    )

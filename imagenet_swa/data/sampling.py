@@ -153,8 +153,7 @@ def crop_windows(
 ) -> NDArray[np.int64]:
     """Windows (n, 4) as top, left, height, width in pixels: the first of ten tries that fits, else a central one.
 
-    Same rule as torchvision's RandomResizedCrop. Rounds halves up where Python rounds them to even, so that the DALI
-    pipeline, which has no such function, computes the same integers.
+    Same rule as torchvision's RandomResizedCrop, which rounds halves to even where this rounds them up.
     """
     heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
     root = np.sqrt((heights * widths).astype(np.float64))[:, None]
@@ -178,3 +177,32 @@ def central_window(
     w = np.minimum(widths, np.floor(heights * aspect[1] + 0.5).astype(np.int64))
     h = np.minimum(heights, np.floor(widths / aspect[0] + 0.5).astype(np.int64))
     return np.maximum(h, 1), np.maximum(w, 1)
+
+
+def central_crops(
+    heights: NDArray[np.int64], widths: NDArray[np.int64], *, resize: int, image_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Evaluation: sizes (n, 2) after the shorter side was resized, and top and left (n, 2) of the central crop in them.
+
+    Sizes by integer floor and the offset rounded half to even, as torchvision does both: a pixel's shift, which the usual
+    resize_shorter and crop of DALI make on most images, changes 2-3 % of the predictions.
+    """
+    sizes = np.stack([np.asarray(heights, np.int64), np.asarray(widths, np.int64)], axis=1)
+    resized = sizes * resize // sizes.min(axis=1, keepdims=True)
+    room = resized - image_size
+    half = room // 2
+    return resized, half + (room & 1) * (half & 1)
+
+
+def regions_under_crops(
+    sizes: NDArray[np.int64], resized: NDArray[np.int64], offsets: NDArray[np.int64], *, image_size: int, filter_radius: float
+) -> NDArray[np.int64]:
+    """Windows (n, 4) of images (n, 2) that decide the pixels of crops at `offsets` (n, 2) after a resize to `resized` (n, 2).
+
+    An antialiasing filter reaches `filter_radius` pixels of the coarser of the two grids to each side; one more is to spare.
+    """
+    scale = sizes / resized
+    reach = filter_radius * np.maximum(scale, 1) + 1
+    low = np.maximum(np.floor((offsets + 0.5) * scale - reach), 0).astype(np.int64)
+    high = np.minimum(np.ceil((offsets + image_size - 0.5) * scale + reach).astype(np.int64), sizes)
+    return np.concatenate([low, high - low], axis=1)

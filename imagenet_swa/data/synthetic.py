@@ -1,15 +1,13 @@
 """Made-up images on the device: tries a machine or a configuration without data and without a decoder."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from imagenet_swa.config import Preprocessing
 from imagenet_swa.data.batch import Batch, labels_on
-from imagenet_swa.data.index import ImageIndex
+from imagenet_swa.data.index import ImageIndex, make_index
 from imagenet_swa.data.sampling import Indices
 
 POOL_SIZE = 64
@@ -18,8 +16,7 @@ POOL_SIZE = 64
 def synthetic_index(num_images: int, num_classes: int) -> ImageIndex:
     """N images without files; labels go round the classes."""
     labels = np.arange(num_images, dtype=np.int64) % num_classes
-    names = pa.array([b"synthetic-%d" % i for i in range(num_images)], pa.large_binary())
-    return ImageIndex(root=Path(), relative_paths=names, labels=labels, classes=None)
+    return make_index("", [b"synthetic-%d" % i for i in range(num_images)], labels, np.zeros(num_images, np.int64))
 
 
 class SyntheticLoader:
@@ -29,6 +26,7 @@ class SyntheticLoader:
         self, index: ImageIndex, preprocessing: Preprocessing, *, seed: int, device: torch.device, channels_last: bool = True
     ) -> None:
         self.index = index
+        self.decoder = "nobody: made up"
         self._device = device
         size = preprocessing.image_size
         pool = torch.randn(POOL_SIZE, 3, size, size, generator=torch.Generator().manual_seed(seed))

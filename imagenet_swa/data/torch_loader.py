@@ -1,22 +1,25 @@
 """The torchvision / PIL backend: the same interface and the very same crops as `dali.py`, and its reference in tests."""
 
+import io
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, functional
 
 from imagenet_swa.config import Preprocessing
-from imagenet_swa.data.batch import BadImageError, Batch, labels_on
+from imagenet_swa.data import storage
+from imagenet_swa.data.batch import BadImages, Batch, labels_on
+from imagenet_swa.data.encoded import FORMATS, NO_END, PNG_END, why_undecodable
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.sampling import Indices, crop_windows, draw_crops
 
 Mode = Literal["train", "evaluation"]
 F: Any = functional  # annotated for tensors, also takes PIL images
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")  # what DALI reads too, whatever a file's name says
+Decoded = tuple[torch.Tensor, list[int], dict[int, str]]
 
 
 class TorchvisionLoader:
@@ -32,8 +35,11 @@ class TorchvisionLoader:
         num_workers: int,
         prefetch: int,
         channels_last: bool = True,
+        bad_images: BadImages | None = None,
     ) -> None:
         self.index = index
+        self.decoder = "torchvision (PIL)"
+        self._bad_images = bad_images or BadImages(index)
         self._preprocessing = preprocessing
         self._seed = seed
         self._device = device
@@ -44,15 +50,16 @@ class TorchvisionLoader:
         self._mean, self._std = mean * 255, std * 255
 
     def training_stream(self, batches: Iterable[Indices], *, epoch: int) -> Iterator[Batch]:
-        """See `ImageLoader`. Raises BadImageError with the file's name."""
+        """See `ImageLoader`. Raises BadImageError with the file's name, or leaves the image out."""
         return self._stream("train", batches, epoch)
 
     def evaluation_stream(self, batches: Iterable[Indices]) -> Iterator[Batch]:
-        """See `ImageLoader`. Raises BadImageError with the file's name."""
+        """See `ImageLoader`. Raises BadImageError with the file's name, or leaves the image out."""
         return self._stream("evaluation", batches, epoch=0)
 
     def _stream(self, mode: Mode, batches: Iterable[Indices], epoch: int) -> Iterator[Batch]:
         batches = [np.asarray(indices, np.int64) for indices in batches]
+        self._bad_images.start_pass()
         decoded = DataLoader(
             _Decoded(self.index, self._preprocessing, mode, self._seed, epoch, batches),
             batch_size=None,
@@ -60,27 +67,22 @@ class TorchvisionLoader:
             prefetch_factor=self._prefetch if self._num_workers else None,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # else each stream would draw from the numbers that dropout comes from
+            # S3's client does not work in a copy of a process that has used it.
+            multiprocessing_context="forkserver" if self._num_workers and storage.is_remote(self.index.root) else None,
         )
-        for result, indices in zip(decoded, batches, strict=True):
-            if isinstance(result, BadImageError):
-                raise result
-            yield self._to_batch(result, indices)
+        for pixels, kept, bad in decoded:
+            self._bad_images.leave_out(bad, num_good=len(kept) if mode == "train" else None)
+            yield self._to_batch(pixels, np.array(kept, np.int64), tuple(bad))
 
-    def _to_batch(self, pixels: torch.Tensor, indices: Indices) -> Batch:
+    def _to_batch(self, pixels: torch.Tensor, indices: Indices, left_out: tuple[int, ...]) -> Batch:
         order = torch.channels_last if self._channels_last else torch.contiguous_format
         images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32, memory_format=order)
         images = ((images - self._mean) / self._std).contiguous(memory_format=order)
-        return Batch(images, labels_on(self._device, self.index.labels[indices]), indices)
+        return Batch(images, labels_on(self._device, self.index.labels[indices]), indices, left_out)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image of a known format"
-    return str((isinstance(error, OSError) and error.strerror) or error)
-
-
-class _Decoded(Dataset[torch.Tensor | BadImageError]):
-    """Item k is batch k as uint8 pixels (n, H, W, 3), or the error that a file in it raised."""
+class _Decoded(Dataset[Decoded]):
+    """Item k is batch k: uint8 pixels (n, H, W, 3), the numbers of those images, and why others could not be decoded."""
 
     def __init__(
         self, index: ImageIndex, preprocessing: Preprocessing, mode: Mode, seed: int, epoch: int, batches: list[Indices]
@@ -91,19 +93,33 @@ class _Decoded(Dataset[torch.Tensor | BadImageError]):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, number: int) -> torch.Tensor | BadImageError:
-        images = []
-        for i in self._batches[number]:
-            path = self._index.path(i)
-            try:
-                with Image.open(path, formats=FORMATS) as file:
-                    image = file.convert("RGB")
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                return BadImageError(path, _reason(error))
-            images.append(self._training_pixels(image, i) if self._mode == "train" else self._evaluation_pixels(image))
-        return torch.from_numpy(np.stack(images))
+    def __getitem__(self, number: int) -> Decoded:
+        size = self._preprocessing.image_size
+        pixels, kept, bad = [np.empty((0, size, size, 3), np.uint8)], [], {}
+        for i in map(int, self._batches[number]):
+            image = self._decoded(i)
+            if isinstance(image, str):
+                bad[i] = image
+                continue
+            kept.append(i)
+            pixels.append((self._training_pixels(image, i) if self._mode == "train" else self._evaluation_pixels(image))[None])
+        return torch.from_numpy(np.concatenate(pixels)), kept, bad
 
-    def _training_pixels(self, image: Image.Image, index: np.int64) -> np.ndarray:
+    def _decoded(self, i: int) -> Image.Image | str:
+        """The image, or why there is none."""
+        try:
+            data = self._index.read(i)
+        except storage.ReadError as error:
+            return str(error)
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+                if file.format == "PNG" and PNG_END not in data:  # DALI refuses it
+                    return NO_END
+                return file.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return why_undecodable(data) or " ".join(str(error).split())
+
+    def _training_pixels(self, image: Image.Image, index: int) -> np.ndarray:
         p = self._preprocessing
         draws = draw_crops(
             np.array([index]),

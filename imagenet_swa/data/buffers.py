@@ -1,0 +1,59 @@
+"""Memory for batches that is used again: fresh pages cost the kernel more time than filling them costs us."""
+
+import ctypes
+import weakref
+from functools import cache
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+_LARGEST_OF_THE_HEAP = 32 * 2**20  # glibc takes no larger threshold
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Let this process's malloc keep what is freed, as decoders free and ask for the memory of an image all the time.
+
+    glibc hands large blocks back to the kernel and has new pages filled with zeros for the next. Returns whether it obeyed;
+    other C libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_OF_THE_HEAP) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+class Buffers:
+    """Hands out arrays, and their memory again once nothing refers to an array or to any view or tensor made of it.
+
+    Keeps at most `num_kept` unused blocks. May be used from several threads.
+    """
+
+    def __init__(self, num_kept: int) -> None:
+        self._num_kept = num_kept
+        self._unused: list[NDArray[np.uint8]] = []
+        self._lock = Lock()
+
+    def take(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """An array of this shape and type, C-contiguous, with whatever is in it."""
+        kind = np.dtype(dtype)
+        num_items = int(np.prod(shape, dtype=np.int64))
+        size = max(1, num_items) * kind.itemsize
+        with self._lock:
+            fitting = [k for k, block in enumerate(self._unused) if block.size >= size]
+            block = self._unused.pop(min(fitting, key=lambda k: self._unused[k].size)) if fitting else None
+        if block is None:
+            block = np.empty(size + size // 4, np.uint8)  # the next batch may need a little more
+        # Views of a view refer to the first array alone. This one is the first, since a memoryview is none.
+        whole = np.frombuffer(block.data[:size], kind)
+        weakref.finalize(whole, self._give_back, block).atexit = False
+        return whole[:num_items].reshape(shape)
+
+    def _give_back(self, block: NDArray[np.uint8]) -> None:
+        with self._lock:
+            self._unused.append(block)
+            if len(self._unused) > self._num_kept:
+                del self._unused[min(range(len(self._unused)), key=lambda k: self._unused[k].size)]

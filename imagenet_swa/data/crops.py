@@ -1,0 +1,101 @@
+"""What is to be decoded of each encoded image, and what the decoded pixels are resized to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from imagenet_swa.config import Preprocessing
+from imagenet_swa.data.encoded import EncodedBatch
+from imagenet_swa.data.restart import take_segments
+from imagenet_swa.data.sampling import Indices, central_crops, crop_windows, draw_crops, regions_under_crops
+
+_FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedCrops:
+    """n images on their way to the network.
+
+    A decoded window stands at `origins` in a picture of `sizes`; that picture is resized to `resized`, and the network sees
+    the square at `offsets` of it. In training the picture is the random crop alone, so that its borders are borders; in
+    evaluation it is the whole image.
+
+    Attributes:
+        indices: (n,) numbers in the index.
+        images: n arrays of encoded bytes: whole files, or the segments under a window.
+        windows: (n, 4) top, left, height, width of what to decode of `images`.
+        origins, sizes, resized, offsets: (n, 2) pixels down and across.
+        flips: (n,) whether to mirror.
+        bad: numbers of images that were asked for and left out, and why.
+    """
+
+    indices: Indices
+    images: list[NDArray[np.uint8]]
+    windows: NDArray[np.int64]
+    origins: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    resized: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    flips: NDArray[np.bool_]
+    bad: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def at(self, kept: list[int], bad: dict[int, str]) -> "EncodedCrops":
+        """Those at the given places of the batch."""
+        arrays = {name: getattr(self, name)[kept] for name in ("indices", "windows", "origins", "sizes", "resized", "offsets")}
+        return EncodedCrops(images=[self.images[k] for k in kept], flips=self.flips[kept], bad=bad, **arrays)
+
+    def without(self, bad: dict[int, str]) -> "EncodedCrops":
+        """The batch less the bad images, which it notes."""
+        kept = [position for position, i in enumerate(self.indices) if int(i) not in bad]
+        return self.at(kept, self.bad | {i: reason for i, reason in bad.items() if i in self.indices})
+
+    def with_segments(self, allocate: Callable[[int], NDArray[np.uint8]]) -> "EncodedCrops":
+        """The same pixels from fewer bytes where an image's restart markers allow it; `allocate` gives memory."""
+        images, windows = take_segments(self.images, self.windows, allocate)
+        arrays = {name: getattr(self, name) for name in ("indices", "origins", "sizes", "resized", "offsets", "flips", "bad")}
+        return EncodedCrops(images=images, windows=windows, **arrays)
+
+
+def training_crops(found: EncodedBatch, preprocessing: Preprocessing, *, seed: int, epoch: int) -> EncodedCrops:
+    """Random resized crops with the windows and flips that (seed, epoch, index) give the images."""
+    p, n = preprocessing, len(found.indices)
+    draws = draw_crops(
+        found.indices, seed=seed, epoch=epoch, area=p.crop_area, aspect=p.crop_aspect, horizontal_flip=p.horizontal_flip
+    )
+    windows = crop_windows(draws, found.heights, found.widths, aspect=p.crop_aspect)
+    return EncodedCrops(
+        indices=found.indices,
+        images=found.images,
+        windows=windows,
+        origins=np.zeros((n, 2), np.int64),
+        sizes=windows[:, 2:],
+        resized=np.full((n, 2), p.image_size),
+        offsets=np.zeros((n, 2), np.int64),
+        flips=draws.flip,
+        bad=found.bad,
+    )
+
+
+def evaluation_crops(found: EncodedBatch, preprocessing: Preprocessing) -> EncodedCrops:
+    """Resize of the shorter side and central crop, with only that part of an image to decode which decides the crop."""
+    p, n = preprocessing, len(found.indices)
+    sizes = np.stack([found.heights, found.widths], axis=1)
+    resized, offsets = central_crops(found.heights, found.widths, resize=p.resize, image_size=p.image_size)
+    radius = _FILTER_RADIUS[p.interpolation]
+    windows = regions_under_crops(sizes, resized, offsets, image_size=p.image_size, filter_radius=radius)
+    return EncodedCrops(
+        indices=found.indices,
+        images=found.images,
+        windows=windows,
+        origins=windows[:, :2].copy(),
+        sizes=sizes,
+        resized=resized,
+        offsets=offsets,
+        flips=np.zeros(n, bool),
+        bad=found.bad,
+    )
