@@ -1,5 +1,6 @@
 """Processes, devices and random numbers of a run; the record of the environment it ran in."""
 
+import gc
 import hashlib
 import os
 import platform
@@ -112,6 +113,8 @@ def start_runtime(config: Config) -> Runtime:
             InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
         ],
     )
+    gc.collect()
+    gc.freeze()  # what the imports made stays; else each full collection walks it, a tenth of a second at a time
     num_processes = accelerator.num_processes
     check_num_processes(num_processes, processes_asked_for(os.environ, _parent_command()))
     return Runtime(

@@ -28,6 +28,11 @@ SHORT = ("--swa.num_epochs=2", "--swa.report_epochs=[]", "--swa.lr_max=0.005")
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
+INTERRUPTED = (
+    "imagenet-swa: error: interrupted; checkpoints already written are whole, and the same command goes on from the last one"
+)
+
+
 def train(output: Path, *flags: str) -> int:
     return main(["train", *QUICK_RUN, *SHORT, f"--output={output}", *flags])
 
@@ -303,10 +308,7 @@ def test_interrupt_in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     monkeypatch.setattr(finetune_module, "finetune", fail)
     assert train(tmp_path) == 130
-    assert (
-        error_line(capsys)
-        == "imagenet-swa: error: interrupted; checkpoints already written are whole, and the same command goes on from the last one"
-    )
+    assert error_line(capsys) == INTERRUPTED
 
 
 def test_interrupt_in_earnest(tmp_path: Path):
@@ -330,10 +332,7 @@ def test_interrupt_in_earnest(tmp_path: Path):
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert (
-        err.splitlines()[-1]
-        == "imagenet-swa: error: interrupted; checkpoints already written are whole, and the same command goes on from the last one"
-    )
+    assert err.splitlines()[-1] == INTERRUPTED
     checkpoints = [path for path in (tmp_path / "run/checkpoints").iterdir() if path.suffix != ".partial"]
     assert len(checkpoints) >= 1
     assert all(what_is_wrong(path) is None for path in checkpoints)

@@ -1,7 +1,9 @@
 """Which loader a configuration gets, and what is said where it cannot have one; the made-up images."""
 
+import io
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,12 @@ from conftest import preprocessing, run
 from PIL import Image
 
 from imagenet_swa.config import Config, DataConfig, InputError, ModelConfig, SpeedConfig
-from imagenet_swa.data import dali, imagenet, loaders
-from imagenet_swa.data.batch import BadImageError
+from imagenet_swa.data import dali, imagenet, loaders, resize
+from imagenet_swa.data.batch import BadImageError, TooManyBadImagesError
 from imagenet_swa.data.dali import DaliLoader
+from imagenet_swa.data.index_cache import build_index
 from imagenet_swa.data.loaders import build_indices, build_loaders
+from imagenet_swa.data.sources import source_of
 from imagenet_swa.data.synthetic import POOL_SIZE, SyntheticLoader, synthetic_index
 from imagenet_swa.data.torch_loader import TorchvisionLoader
 from imagenet_swa.runtime import Runtime
@@ -40,7 +44,7 @@ def runtime_on(device: torch.device = CPU, *, local_world_size: int = 1) -> Runt
 @pytest.fixture
 def config(image_folder: Path) -> Config:
     """Three classes, read from the folders of `image_folder`."""
-    return Config(model=THREE_CLASSES, data=DataConfig(train=image_folder / "train", val=image_folder / "val"))
+    return Config(model=THREE_CLASSES, data=DataConfig(train=str(image_folder / "train"), val=str(image_folder / "val")))
 
 
 def with_data(config: Config, **changes: Any) -> Config:
@@ -78,12 +82,12 @@ def test_lists_give_their_own_labels(config: Config, image_folder: Path, tmp_pat
     """A list's labels are taken as they stand, for one split or for both, and class folders are then not counted."""
     val_list = tmp_path / "val.txt"
     val_list.write_text("cat/0.JPEG 901\nant/1.JPEG 7\n")
-    config = replace(with_data(config, val_list=val_list), model=ModelConfig(num_classes=1000))
+    config = replace(with_data(config, val_list=str(val_list)), model=ModelConfig(num_classes=1000))
     with pytest.raises(InputError, match="3 class folders, but the network has 1000 outputs"):
         build_indices(config)  # the training folders are still numbered
     train_list = tmp_path / "train.txt"
     train_list.write_text("bee/3.JPEG 5\n")
-    train, val = build_indices(with_data(config, train_list=train_list))
+    train, val = build_indices(with_data(config, train_list=str(train_list)))
     assert (train.labels.tolist(), val.labels.tolist()) == ([5], [901, 7])
     assert [val.path(i) for i in range(2)] == [str(image_folder / "val" / name) for name in ("cat/0.JPEG", "ant/1.JPEG")]
 
@@ -94,7 +98,7 @@ def test_made_up_images_need_no_data() -> None:
     train, val = build_indices(config)
     assert (len(train), len(val)) == (20, 7)
     assert train.labels.tolist() == [i % 3 for i in range(20)]
-    assert train.fingerprint() != val.fingerprint()
+    assert train.fingerprint != val.fingerprint
     built = build_loaders(config, (train, val), preprocessing(), runtime_on())
     assert isinstance(built.train, SyntheticLoader) and isinstance(built.val, SyntheticLoader)
     assert built.train.index is train and built.val.index is val
@@ -111,7 +115,7 @@ def test_a_split_that_is_not_set(config: Config, split: str) -> None:
 def test_a_folder_that_is_not_there(config: Config, tmp_path: Path, split: str) -> None:
     """A folder that does not exist is named."""
     with pytest.raises(InputError, match=f"no such folder: {tmp_path}/nowhere"):
-        build_indices(with_data(config, **{split: tmp_path / "nowhere"}))
+        build_indices(with_data(config, **{split: str(tmp_path / "nowhere")}))
 
 
 def test_splits_with_different_classes(config: Config, image_folder: Path, tmp_path: Path) -> None:
@@ -120,7 +124,7 @@ def test_splits_with_different_classes(config: Config, image_folder: Path, tmp_p
     shutil.copytree(image_folder / "val" / "bee", tmp_path / "bee")
     shutil.copytree(image_folder / "val" / "cat", tmp_path / "cow")
     with pytest.raises(InputError, match="different class folders, such as 'cat'"):
-        build_indices(with_data(config, val=tmp_path))
+        build_indices(with_data(config, val=str(tmp_path)))
 
 
 def a_subset_of_imagenet(root: Path) -> Path:
@@ -142,7 +146,157 @@ def test_a_subset_of_imagenet_is_refused_by_the_command(tmp_path: Path) -> None:
     assert done.stdout == "" and not (tmp_path / "run").exists()
 
 
+# ------------------------------------------------------------------------------------ shards, kept indices, quarantine
+
+
+def write_shards(folder: Path, images: Path, *, label: int | None = None) -> str:
+    """Two tar shards of a folder of class folders, and the pattern that names them."""
+    paths = sorted(images.rglob("*.JPEG"))
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for path in paths[shard::2]:
+                number = ("ant", "bee", "cat").index(path.parent.name) if label is None else label
+                key = f"{path.parent.name}-{path.stem}"
+                for extension, content in (("jpg", path.read_bytes()), ("cls", str(number).encode())):
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return f"{folder}/{{0..1}}.tar"
+
+
+def test_shards_beside_folders(config: Config, image_folder: Path, tmp_path: Path) -> None:
+    """One split may be shards and the other folders; a shard's labels are those of its members."""
+    train, val = build_indices(with_data(config, val=write_shards(tmp_path, image_folder / "val")))
+    assert (len(train), len(val)) == (24, 12) and val.classes is None
+    for i in range(12):
+        member = val.path(i).rpartition(":")[2]
+        assert ("ant", "bee", "cat")[val.labels[i]] == member.partition("-")[0]
+        name = member.removesuffix(".jpg").replace("-", "/")
+        assert val.read(i) == (image_folder / "val" / f"{name}.JPEG").read_bytes()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_labels_of_shards_that_the_network_does_not_have(config: Config, image_folder: Path, tmp_path: Path, split: str) -> None:
+    """A label beyond the network's outputs is refused, with the member that has it."""
+    pattern = write_shards(tmp_path, image_folder / "val", label=3)
+    with pytest.raises(InputError, match=rf"data\.{split}: .*\.tar:ant-0\.jpg has label 3, not in 0\.\.2 \(model\.num_classes\)"):
+        build_indices(with_data(config, **{split: pattern}))
+
+
+@pytest.fixture
+def copied(config: Config, image_folder: Path, tmp_path: Path) -> Config:
+    """The same on a copy of the images, with a folder of its own for indices."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    folders = {split: str(tmp_path / "images" / split) for split in ("train", "val")}
+    return with_data(config, **folders, index=tmp_path / "kept")
+
+
+def test_a_kept_index_is_used(copied: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `imagenet-swa index` left an index, no file is looked for; the images are the same."""
+    scanned = build_indices(copied)
+    for split in loaders.SPLITS:
+        build_index(source_of(copied.data, split), copied.data.index, num_classes=3)
+    monkeypatch.setattr(loaders, "scan", lambda *_, **__: pytest.fail("read the data again"))
+    found = build_indices(copied)
+    assert [index.fingerprint for index in found] == [index.fingerprint for index in scanned]
+    assert [found[1].path(i) for i in range(12)] == [scanned[1].path(i) for i in range(12)]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_stale_index_is_refused(copied: Config, split: str) -> None:
+    """An index that is older than a change of the data is refused, with the file that came or went and the way out."""
+    build_index(source_of(copied.data, split), copied.data.index, num_classes=3)
+    Path(str(getattr(copied.data, split)), "bee", "1.JPEG").rename(Path(str(getattr(copied.data, split)), "bee", "9.JPEG"))
+    with pytest.raises(InputError, match=r"older than the data: .*bee/[19]\.JPEG.*imagenet-swa index --rebuild") as error:
+        build_indices(copied)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kept_index", [True, False])
+def test_quarantine_takes_images_out(copied: Config, tmp_path: Path, kept_index: bool) -> None:
+    """Images in quarantine are not in their split, in the other they are; the rest keeps order and labels."""
+    before = build_indices(copied)
+    if kept_index:
+        build_index(source_of(copied.data, "train"), copied.data.index, num_classes=3)
+    quarantine = tmp_path / "bad.tsv"
+    quarantine.write_text("# bad\ntrain\tbee/3.JPEG\tcut short\nval\tant/0.JPEG\tempty\nval\tant/7.JPEG\tof the other split\n")
+    train, val = build_indices(with_data(copied, quarantine=quarantine))
+    for index, whole, gone in ((train, before[0], "bee/3.JPEG"), (val, before[1], "ant/0.JPEG")):
+        wanted = [(whole.name(i), whole.labels[i]) for i in range(len(whole)) if whole.name(i) != gone]
+        assert [(index.name(i), index.labels[i]) for i in range(len(index))] == wanted and len(wanted) == len(whole) - 1
+
+
+def test_quarantine_of_everything(copied: Config, tmp_path: Path) -> None:
+    """A list that leaves nothing of a split is refused by name."""
+    quarantine = tmp_path / "bad.tsv"
+    val = build_indices(copied)[1]
+    quarantine.write_text("".join(f"val\t{val.name(i)}\tbad\n" for i in range(len(val))))
+    with pytest.raises(InputError, match=r"bad\.tsv leaves no image of data\.val"):
+        build_indices(with_data(copied, quarantine=quarantine))
+
+
 # ------------------------------------------------------------------------------------------------------ which backend
+
+
+@pytest.mark.parametrize(
+    "asked_for,compiler,wanted",
+    [("auto", True, True), ("auto", False, False), ("compiled", True, True), ("dali", True, False), ("dali", False, False)],
+)
+def test_who_resizes(
+    config: Config,
+    asked_of_dali: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    asked_for: str,
+    compiler: bool,
+    wanted: bool,
+) -> None:
+    """auto takes the compiled resize where it was built; dali never does."""
+    monkeypatch.setattr(resize, "available", lambda: compiler)
+    config = with_data(config, resize=asked_for)
+    build_loaders(config, build_indices(config), preprocessing(), runtime_on())
+    assert [asked["compiled_resize"] for asked in asked_of_dali] == [wanted] * 2
+
+
+def test_a_compiled_resize_that_was_not_built(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """resize compiled without the compiled part is refused, with both ways out."""
+    monkeypatch.setattr(resize, "available", lambda: False)
+    config = with_data(config, resize="compiled")
+    with pytest.raises(InputError, match=r"data\.resize is compiled.*install a C compiler.*set data\.resize to auto"):
+        build_loaders(config, build_indices(config), preprocessing(), runtime_on())
+
+
+def test_the_decoder_is_named(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader says who makes its pixels, since others make slightly other ones."""
+    names = {}
+    for compiler in (True, False):
+        monkeypatch.setattr(resize, "available", lambda compiler=compiler: compiler)
+        names[compiler] = build_loaders(config, build_indices(config), preprocessing(), runtime_on()).val.decoder
+    assert names == {True: "DALI on the CPU, compiled resize", False: "DALI on the CPU"}
+    chosen = with_data(config, backend="torchvision")
+    assert "PIL" in build_loaders(chosen, build_indices(chosen), preprocessing(), runtime_on()).val.decoder
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_bad_images_go_where_the_configuration_says(copied: Config, tmp_path: Path, backend: str) -> None:
+    """Policy, limit, split and log arrive in the loaders of both splits."""
+    for split, name in (("train", "ant/0.JPEG"), ("val", "cat/2.JPEG")):
+        (tmp_path / "images" / split / name).write_bytes(b"no picture")
+    output = tmp_path / "run"
+    output.mkdir()
+    config = replace(with_data(copied, backend=backend, num_workers=0, on_bad_image="skip", max_bad_images=1), output=output)
+    indices = build_indices(config)
+    built = build_loaders(config, indices, preprocessing(), runtime_on())
+    (batch,) = built.train.training_stream([np.arange(24)], epoch=0)
+    assert batch.left_out == (0,) and len(batch.images) == 23
+    (batch,) = built.val.evaluation_stream([np.arange(12)])
+    assert batch.left_out == (10,) and len(batch.images) == 11
+    log = output / "bad-images-rank-0.tsv"
+    assert [line.split("\t")[:2] for line in log.read_text().splitlines()] == [["train", "ant/0.JPEG"], ["val", "cat/2.JPEG"]]
+    cleaned = build_indices(with_data(config, quarantine=log))
+    assert [len(index) for index in cleaned] == [23, 11]
+    (tmp_path / "images" / "val" / "bee" / "1.JPEG").write_bytes(b"")
+    with pytest.raises(TooManyBadImagesError, match=r"2 images cannot be decoded.*cat/2\.JPEG"):
+        list(built.val.evaluation_stream([np.arange(12)]))
 
 
 def test_dali_unless_told_otherwise(config: Config) -> None:
@@ -284,7 +438,9 @@ def test_a_bad_image_is_bad_input_that_one_rank_knows_of() -> None:
     """The command line treats it as the user's input, and lets the rank that met it speak."""
     error = BadImageError("a/b.JPEG", "the file is empty")
     assert isinstance(error, InputError) and error.concerns_one_rank and not InputError("x").concerns_one_rank
-    assert str(error) == "cannot decode the image a/b.JPEG: the file is empty; repair it, or take it out of the folder or list"
+    assert str(error).startswith(
+        "cannot decode the image a/b.JPEG: the file is empty; repair it, take it out of the folder or list, "
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- made-up images

@@ -3,17 +3,15 @@
 import io
 import multiprocessing
 import os
-import pickle
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from conftest import preprocessing
+from conftest import index_folder, index_list, index_names, preprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -21,9 +19,9 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from imagenet_swa.config import InputError, Preprocessing
-from imagenet_swa.data.batch import BadImageError, Batch
-from imagenet_swa.data.index import ImageIndex, index_folder, index_list
+from imagenet_swa.config import Preprocessing
+from imagenet_swa.data.batch import BadImageError, BadImages, Batch
+from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.sampling import Indices, crop_windows, draw_crops, training_batches
 from imagenet_swa.data.torch_loader import TorchvisionLoader
 
@@ -68,8 +66,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
     exif[0x0112] = 8
     image(300, 200).save(folder / "turned by EXIF.JPEG", exif=exif)
     names = sorted(os.listdir(folder))
-    paths = pa.array([os.fsencode(name) for name in names], pa.large_binary())
-    return ImageIndex(root=folder, relative_paths=paths, labels=np.arange(len(names)), classes=None)
+    return index_names(folder, [os.fsencode(name) for name in names])
 
 
 def check_evaluation(index: ImageIndex, work: Preprocessing) -> None:
@@ -98,7 +95,7 @@ def test_evaluation_is_torchvisions(kinds: ImageIndex, interpolation: str, sizes
 def test_evaluation_of_imagenet_is_torchvisions(real_data: Path) -> None:
     """The same on ImageNet's own files."""
     work = preprocessing(image_size=224, resize=256, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    check_evaluation(index_list(real_data / "train.txt", real_data / "train", 1000), work)
+    check_evaluation(index_list(real_data / "train.txt", real_data / "train"), work)
 
 
 @settings(max_examples=15, deadline=None)
@@ -221,8 +218,7 @@ def test_a_bad_image_is_named(tmp_path: Path, num_workers: int, place: tuple[int
     for i in range(16):
         Image.fromarray(np.full((40, 40, 3), 10 * i, np.uint8)).save(tmp_path / f"{i:03d}.JPEG")
     (tmp_path / "015.JPEG").write_bytes(b"no picture")
-    paths = pa.array([b"%03d.JPEG" % i for i in range(16)], pa.large_binary())
-    index = ImageIndex(root=tmp_path, relative_paths=paths, labels=np.zeros(16, np.int64), classes=None)
+    index = index_names(tmp_path, [b"%03d.JPEG" % i for i in range(16)])
     batches = np.arange(15).reshape(5, 3)
     batches[place] = 15
     stream = make_loader(index, preprocessing(), num_workers=num_workers).evaluation_stream(list(batches))
@@ -236,12 +232,24 @@ def test_a_bad_image_is_named(tmp_path: Path, num_workers: int, place: tuple[int
     assert str(error.value).count("015.JPEG") == 1
 
 
-def test_the_error_survives_the_way_between_processes() -> None:
-    """A pickled BadImageError is still one, with its message and its mark that other ranks may not know."""
-    error = BadImageError(os.fsdecode(b"/images/\xff a.JPEG"), "the file is empty")
-    copy = pickle.loads(pickle.dumps(error))
-    assert type(copy) is BadImageError and str(copy) == str(error)
-    assert isinstance(copy, InputError) and copy.concerns_one_rank
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_image_is_left_out(tmp_path: Path, num_workers: int) -> None:
+    """Worker processes say what they could not decode and why; the rest of the batch arrives as it is without it."""
+    for i in range(12):
+        Image.fromarray(np.full((40, 40, 3), 10 * i, np.uint8)).save(tmp_path / f"{i:03d}.JPEG")
+    index = index_names(tmp_path, [b"%03d.JPEG" % i for i in range(14)])
+    (tmp_path / "012.JPEG").write_bytes(b"no picture")
+    batches = [np.array([0, 12, 1]), np.array([2, 3, 4]), np.array([13, 12]), np.array([5, 6, 13])]
+    log = tmp_path / "log.tsv"
+    bad_images = BadImages(index, "skip", 2, split="train", log=log)
+    shown = list(make_loader(index, preprocessing(), num_workers=num_workers, bad_images=bad_images).evaluation_stream(batches))
+    assert [batch.left_out for batch in shown] == [(12,), (), (13, 12), (13,)]
+    assert [batch.indices.tolist() for batch in shown] == [[0, 1], [2, 3, 4], [], [5, 6]]
+    for batch in shown:
+        assert batch.images.shape == (len(batch.indices), 3, 32, 32) and batch.labels.tolist() == batch.indices.tolist()
+        np.testing.assert_allclose(pixels([batch]).mean(axis=(1, 2, 3)), 10 * batch.indices, atol=1.5)
+    reasons = dict(line.split("\t")[1:] for line in log.read_text().splitlines())
+    assert reasons["013.JPEG"] == "no such file or object" and "starts with b'no pictu'" in reasons["012.JPEG"]
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF"])

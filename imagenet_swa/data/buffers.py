@@ -2,6 +2,7 @@
 
 import ctypes
 import weakref
+from collections import deque
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -35,6 +36,8 @@ class Buffers:
     def __init__(self, num_kept: int) -> None:
         self._num_kept = num_kept
         self._unused: list[NDArray[np.uint8]] = []
+        # The garbage collector may give a block back in the middle of `take`, on the thread that holds the lock.
+        self._returned: deque[NDArray[np.uint8]] = deque()
         self._lock = Lock()
 
     def take(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -43,17 +46,18 @@ class Buffers:
         num_items = int(np.prod(shape, dtype=np.int64))
         size = max(1, num_items) * kind.itemsize
         with self._lock:
+            self._sort_in_the_returned()
             fitting = [k for k, block in enumerate(self._unused) if block.size >= size]
             block = self._unused.pop(min(fitting, key=lambda k: self._unused[k].size)) if fitting else None
         if block is None:
             block = np.empty(size + size // 4, np.uint8)  # the next batch may need a little more
         # Views of a view refer to the first array alone. This one is the first, since a memoryview is none.
         whole = np.frombuffer(block.data[:size], kind)
-        weakref.finalize(whole, self._give_back, block).atexit = False
+        weakref.finalize(whole, self._returned.append, block).atexit = False
         return whole[:num_items].reshape(shape)
 
-    def _give_back(self, block: NDArray[np.uint8]) -> None:
-        with self._lock:
-            self._unused.append(block)
+    def _sort_in_the_returned(self) -> None:
+        while self._returned:
+            self._unused.append(self._returned.popleft())
             if len(self._unused) > self._num_kept:
                 del self._unused[min(range(len(self._unused)), key=lambda k: self._unused[k].size)]

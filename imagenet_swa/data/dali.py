@@ -20,10 +20,11 @@ from imagenet_swa.config import Preprocessing
 from imagenet_swa.data.batch import BadImages, Batch, labels_on
 from imagenet_swa.data.buffers import Buffers, keep_freed_memory
 from imagenet_swa.data.crops import EncodedCrops, evaluation_crops, training_crops
-from imagenet_swa.data.encoded import EncodedImages, ahead, in_background, why_undecodable
+from imagenet_swa.data.encoded import EncodedImages, why_undecodable
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.resize import PixelAddresses, resize_in_threads
 from imagenet_swa.data.sampling import Indices
+from imagenet_swa.data.streams import ahead, in_background, until_exit
 
 Mode = Literal["train", "evaluation"]
 # DALI makes its operators and types while it is imported, where a type checker cannot see them.
@@ -89,15 +90,15 @@ class DaliLoader:
 
     def training_stream(self, batches: Iterable[Indices], *, epoch: int) -> Iterator[Batch]:
         """See `ImageLoader`. Raises BadImageError with the file's name, or leaves the image out."""
-        return self._stream("train", batches, epoch)
+        return until_exit(self._stream("train", batches, epoch))
 
     def evaluation_stream(self, batches: Iterable[Indices]) -> Iterator[Batch]:
         """See `ImageLoader`. Raises BadImageError with the file's name, or leaves the image out."""
-        return self._stream("evaluation", batches, epoch=0)
+        return until_exit(self._stream("evaluation", batches, epoch=0))
 
     # ------------------------------------------------------------------------------------------------- the stream
 
-    def _stream(self, mode: Mode, batches: Iterable[Indices], epoch: int) -> Iterator[Batch]:
+    def _stream(self, mode: Mode, batches: Iterable[Indices], epoch: int) -> Generator[Batch, None, None]:
         batches = [np.asarray(indices, np.int64) for indices in batches]
         batch_size = max(map(len, batches), default=1) or 1  # of the pipeline, which takes no larger ones than it was built for
         self._bad_images.start_pass()

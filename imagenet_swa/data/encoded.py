@@ -1,14 +1,10 @@
 """Encoded images in memory: read ahead from files, shards or S3, checked as far as that is cheap, with their sizes."""
 
 import io
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from queue import Full, Queue
-from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,61 +151,3 @@ def why_undecodable(data: bytes, *, whole: bool = True) -> str | None:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return " ".join(str(error).split())[:160]
     return None
-
-
-def ahead(function: Callable[[T], R], items: Iterable[T], depth: int) -> Generator[R, None, None]:
-    """`map(function, items)`, computed in threads up to `depth` items ahead of whoever takes them; ends with its taker."""
-    waiting: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(depth, "prepare")
-    try:
-        for item in items:
-            waiting.append(pool.submit(partial(function, item)))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def in_background(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """The same items, made in a thread up to `depth` of them ahead of whoever takes them; ends with its taker."""
-    made: Queue[tuple[bool, Any]] = Queue(depth)
-    no_longer_wanted = Event()
-
-    def put(is_item: bool, value: Any) -> None:
-        while not no_longer_wanted.is_set():
-            try:
-                made.put((is_item, value), timeout=0.1)
-                return
-            except Full:
-                continue
-
-    def work() -> None:
-        try:
-            for item in items:
-                put(True, item)
-                if no_longer_wanted.is_set():
-                    break
-            put(False, None)
-        except BaseException as error:  # the taker's business, whatever it is
-            put(False, error)
-        finally:
-            close = getattr(items, "close", None)
-            if close is not None:
-                close()
-
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            is_item, value = made.get()
-            if is_item:
-                yield value
-            elif value is None:
-                return
-            else:
-                raise value
-    finally:
-        no_longer_wanted.set()
-        thread.join()
