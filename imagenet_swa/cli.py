@@ -187,9 +187,8 @@ def _bench(arguments: Sequence[str]) -> int:
     rest, prog = arguments[1:], "imagenet-swa bench loader"
     config, settings = parse_config_and("bench", BenchSettings, rest, prog, about)
     variants = {}
-    for variant in settings.variants:
-        flags = [f"--{setting}" for setting in variant.split()]
-        variants[variant], _ = parse_config_and("bench", BenchSettings, [*rest, *flags], prog, about)
+    for name, flags in settings.flags_of_variants().items():
+        variants[name], _ = parse_config_and("bench", BenchSettings, [*rest, *flags], prog, about)
     record = bench_loader(config, settings, variants)
     _print_table(COLUMNS, table_rows(record))
     for line in absent_lines(record):

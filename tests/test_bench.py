@@ -454,3 +454,12 @@ def test_the_random_crops_of_ours_change_from_round_to_round(image_folder: Path,
     monkeypatch.setattr(bench, "measure", look)
     bench_loader(config_of(image_folder, num_workers=0), BenchSettings(output=tmp_path, batch_size=4, candidates=("ours",)), {})
     assert sums[1] != sums[2]
+
+
+def test_names_and_flags_of_variants() -> None:
+    """What stands before the last colon and space names a variant; without a name its settings do. A path may hold colons."""
+    settings = BenchSettings(variants=("data.prefetch=4 seed=1", "my shards: data.train=s3://bucket/a data.index=/x:y"))
+    assert settings.flags_of_variants() == {
+        "data.prefetch=4 seed=1": ["--data.prefetch=4", "--seed=1"],
+        "my shards": ["--data.train=s3://bucket/a", "--data.index=/x:y"],
+    }

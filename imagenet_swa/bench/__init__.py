@@ -42,7 +42,8 @@ class BenchSettings:
     candidates: tuple[str, ...] | None = None
     """Names of the loaders to measure, as the table shows them; default: all. The reference always is."""
     variants: tuple[str, ...] = ()
-    """Other settings of ours to measure as well, each a column of its own: "data.prefetch=4", several with spaces between."""
+    """Other settings of ours to measure as well: "data.prefetch=4", several with spaces between, and a name for the table
+    before them if wanted: "shards: data.train=/data/shards data.train_list=null"."""
     rounds: int = 5
     """Blocks per loader that are counted; a round before them is not."""
     num_images: int | None = None
@@ -54,6 +55,11 @@ class BenchSettings:
         for name in ("rounds", "num_images", "batch_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"bench.{name} must be at least 1, got {value}")
+
+    def flags_of_variants(self) -> dict[str, list[str]]:
+        """Flags of each variant by the name that the table shows."""
+        parts = [variant.rpartition(": ") for variant in self.variants]
+        return {name or text: [f"--{setting}" for setting in text.split()] for name, _, text in parts}
 
 
 def bench_preprocessing(config: Config) -> Preprocessing:
