@@ -166,7 +166,7 @@ def _decoding(
     rate = batches.size / (time.perf_counter() - start)
     some = evaluation_batches(len(indices[1]), rank=runtime.rank, world_size=runtime.world_size, batch_size=8)[:1]
     shapes += [tuple(batch.images.shape) for batch in loaders.val.evaluation_stream(some)]
-    return f"batches of shape {shapes[0]}; {rate:.0f} images/s per process at first, cold", True
+    return f"batches of shape {shapes[0]} by {loaders.train.decoder}; {rate:.0f} images/s per process at first, cold", True
 
 
 def _baseline(config: Config, preprocessing: Preprocessing) -> tuple[str, None]:

@@ -2,12 +2,14 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT
 
-from imagenet_swa.cli import COMMANDS, parse_config
+from imagenet_swa.cli import COMMANDS, main, parse_config
 
 README = (PROJECT / "README.md").read_text()
 COMMENTED = sorted([*PROJECT.glob("configs/*.yaml"), *PROJECT.glob("launch/accelerate/*.yaml"), *PROJECT.glob("launch/*.s*")])
@@ -28,6 +30,22 @@ def commands_in_comments(path: Path) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in found]
 
 
+def understood_by_cli(words: list[str]) -> bool:
+    """Whether a command gets as far as its work, which is not done."""
+    done: list[str] = []
+
+    def instead(name: str, result: object) -> Callable[..., object]:
+        return lambda *_, **__: done.append(name) or result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("imagenet_swa.data.verify.verify", instead("verify", SimpleNamespace(healthy=True)))
+        patch.setattr("imagenet_swa.data.prepare.prepare", instead("prepare", None))
+        nothing = {"summary": [], "absent": [], "interrupted": False}
+        patch.setattr("imagenet_swa.bench.bench_loader", instead("bench", nothing))
+        main(words)
+    return done == [words[0]]
+
+
 def check(words: list[str]) -> None:
     """Fail unless the files that the command names exist and its flags make a configuration."""
     if words[0] in ("bash", "sbatch"):
@@ -42,7 +60,9 @@ def check(words: list[str]) -> None:
         parse_config([str(PROJECT / w) if w.startswith("configs/") else w for w in flags], "", "")
     elif words[0] == "imagenet-swa":
         assert words[1] in COMMANDS
-        if words[1] != "report":
+        if words[1] in ("verify", "prepare", "bench"):
+            assert understood_by_cli(words[1:])
+        elif words[1] != "report":
             parse_config([str(PROJECT / w) if w.startswith("configs/") else w for w in words[2:]], "", "")
     else:
         assert words[:2] == ["pip", "install"], f"no test knows the command {words}"
@@ -88,9 +108,13 @@ def test_the_file_tree_is_the_real_one():
             listed.add(f"data/{match.group(1)}")
         elif match := re.match(r"  (\w+\.py)", line):
             listed.add(match.group(1))
+        elif match := re.match(r"  (  )?(\w+)/ .*: (.*)", line):  # a package that names its modules in the same line
+            folder = f"data/{match.group(2)}" if match.group(1) else match.group(2)
+            listed |= {f"{folder}/{name}.py" for name in re.findall(r"\w+", re.sub(r"\(.*?\)", "", match.group(3)))}
     package = PROJECT / "imagenet_swa"
     real = {str(path.relative_to(package)) for path in package.rglob("*.py")}
-    assert listed == {name for name in real if Path(name).name not in ("__init__.py", "__main__.py")}
+    with_init = {"bench/__init__.py", "data/prepare/__init__.py"}
+    assert listed == {n for n in real if Path(n).name not in ("__init__.py", "__main__.py") or n in with_init}
 
 
 def test_linked_files_are_there():
