@@ -10,21 +10,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+# malloc.h of glibc: what it is told, and how.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_OF_THE_HEAP = 32 * 2**20  # glibc takes no larger threshold
 
 
 @cache
 def keep_freed_memory() -> bool:
-    """Let this process's malloc keep what is freed, as decoders free and ask for the memory of an image all the time.
+    """Let this process's malloc keep what is freed, in one heap, as decoders free and ask for the memory of images all the time.
 
-    glibc hands large blocks back to the kernel and has new pages filled with zeros for the next. Returns whether it obeyed;
-    other C libraries are left alone.
+    glibc otherwise hands large blocks back to the kernel, which fills new pages with zeros for the next; and gives threads
+    heaps of their own, each of which keeps what the threads of some stream once needed. Returns whether it obeyed; other C
+    libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_OF_THE_HEAP) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    settings = ((_M_MMAP_THRESHOLD, _LARGEST_OF_THE_HEAP), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
+    obeyed = [mallopt(*setting) for setting in settings]
+    return all(obeyed)
 
 
 class Buffers:
