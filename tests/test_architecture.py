@@ -19,7 +19,7 @@ MAX_LINES = 350
 LAYERS = [
     [
         *("__init__", "config", "schedule"),
-        *("data.__init__", "data.imagenet", "data.native.__init__", "data.sampling", "data.buffers"),
+        *("data.__init__", "data.imagenet", "data.native.__init__", "data.sampling", "data.buffers", "data.streams"),
     ],
     [
         *("report", "models", "optim", "runtime", "bench.alternatives"),

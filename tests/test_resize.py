@@ -94,6 +94,8 @@ def test_equals_pillow(data: st.DataObject, size: tuple[int, int], resized: tupl
         ((37, 53), (37, 20)),
         ((37, 53), (20, 53)),
         ((700, 900), (224, 224)),
+        ((1, 40000), (1, 1)),
+        ((40000, 1), (2, 1)),
     ],
 )
 def test_equals_pillow_at_the_extremes(size: tuple[int, int], resized: tuple[int, int], interpolation: Interpolation):
@@ -170,6 +172,12 @@ def test_identity_and_constants(interpolation: Interpolation):
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_so_many_weights_that_their_rounding_adds_up(interpolation: Interpolation):
+    """White stays white where the rounded weights sum to more than one, by over a grey level."""
+    assert (one(np.full((1, 508_400, 3), 255, np.uint8), (1, 1), interpolation) == 255).all()
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_float_output_is_the_normalised_bytes(interpolation: Interpolation):
     """float32 output is byte * scale + bias, one rounding after the other, of the uint8 output."""
     images, resized, offsets, flips = ragged_batch()
@@ -242,28 +250,59 @@ def test_reads_nothing_beside_the_image():
     assert done.returncode == 0 and "read nothing else" in done.stdout, done.stderr
 
 
-def test_processors_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What a processor's best instructions give, the plainest compilation of the same source gives to the last bit."""
+def compiled_otherwise(folder: Path, *flags: str) -> ctypes.CDLL:
+    """resize.c for one kind of processor, with these flags."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     source = Path(native.__file__).with_name("resize.c")
     if compiler is None or not source.exists():
         pytest.skip("no C compiler")
-    plain = tmp_path / "plain.so"
-    flags = ["-std=gnu11", "-ffp-contract=off", "-DRESIZE_NO_CLONES", "-O1", "-fno-tree-vectorize", "-shared", "-fPIC"]
-    subprocess.run([compiler, *flags, "-o", plain, source], check=True, timeout=60)
+    out = folder / f"resize{'_'.join(flags)}.so"
+    common = ["-std=gnu11", "-ffp-contract=off", "-DRESIZE_NO_CLONES", "-shared", "-fPIC"]
+    subprocess.run([compiler, *common, *flags, "-o", out, source], check=True, timeout=60)
+    return ctypes.CDLL(str(out))
+
+
+PLAIN = ("-O1", "-fno-tree-vectorize")
+
+
+@pytest.mark.parametrize("flags", [PLAIN, (*PLAIN, "-DRESIZE_LANES=16"), ("-O3", "-mavx2")], ids=["8", "16", "avx2"])
+def test_processors_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]):
+    """What this processor's best instructions give, other ones and the plainest compilation, for either width of vectors,
+    give to the last bit.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    if "-mavx2" in flags and not (cpuinfo.exists() and " avx2 " in cpuinfo.read_text()):
+        pytest.skip("no AVX2 here")
     images, resized, offsets, flips = ragged_batch(40)
-    results = []
-    for library in (native.library(), ctypes.CDLL(str(plain))):
+    results: list[list[np.ndarray]] = []
+    for library in (native.library(), compiled_otherwise(tmp_path, *flags)):
         monkeypatch.setattr(resize, "library", lambda library=library: library)
         resize._function.cache_clear()
+        results.append([])
         for interpolation in INTERPOLATIONS:
-            out = np.empty((40, 20, 31, 3), np.float32)
-            arguments = {"resized": resized, "offsets": offsets, "flips": flips, "scale": SCALE, "bias": BIAS}
-            resize_batch(images, **arguments, out=out, interpolation=interpolation)
-            results.append(out)
+            geometry = {"resized": resized, "offsets": offsets, "flips": flips, "interpolation": interpolation}
+            grey, normalised = np.empty((40, 20, 31, 3), np.uint8), np.empty((40, 20, 31, 3), np.float32)
+            resize_batch(images, **geometry, out=grey)
+            resize_batch(images, **geometry, out=normalised, scale=SCALE, bias=BIAS)
+            results[-1] += [grey, normalised]
     resize._function.cache_clear()
-    np.testing.assert_array_equal(results[0], results[2])
-    np.testing.assert_array_equal(results[1], results[3])
+    for ours, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours, other)
+
+
+@pytest.mark.parametrize("width", range(1, 10))
+def test_float_output_begins_anywhere(width: int):
+    """float32 output at any address of a float, in rows of any length, is that of another address; nothing beside is written."""
+    image = noise(9, 11, seed=7)
+    geometry = {"resized": (6, width), "offsets": (0, 0), "flips": False, "interpolation": "bilinear"}
+    grey = one(image, (6, width), "bilinear")
+    count = 6 * width * 3
+    for start in range(20, 25):
+        memory = np.full(count + 64, 77, np.float32)
+        out = memory[start : start + count].reshape(1, 6, width, 3)
+        resize_batch([image], **geometry, out=out, scale=SCALE, bias=BIAS)
+        np.testing.assert_array_equal(out[0], grey.astype(np.float32) * SCALE + BIAS)
+        assert (memory[:start] == 77).all() and (memory[start + count :] == 77).all(), "wrote beside the output"
 
 
 @pytest.mark.parametrize(
