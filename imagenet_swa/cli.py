@@ -88,9 +88,9 @@ def _train(arguments: Sequence[str]) -> int:
 
     report = finetune(config)
     if os.environ.get("RANK", "0") == "0":
-        from imagenet_swa.report import COLUMNS, load_run, table_rows
+        from imagenet_swa.report import COLUMNS, load_run, print_table, table_rows
 
-        _print_table(COLUMNS, table_rows(load_run(config.output)))
+        print_table(COLUMNS, table_rows(load_run(config.output)))
         print(f"run folder: {config.output}")
         print(f"plot:       {config.output / 'trajectory.png'}")
         print(f"report:     {report}")
@@ -115,14 +115,14 @@ def _report(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print("usage: imagenet-swa report RUN [RUN ...]")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    from imagenet_swa.report import COLUMNS, RUN_COLUMNS, compare_runs, load_run, table_rows, write_report
+    from imagenet_swa.report import COLUMNS, RUN_COLUMNS, compare_runs, load_run, print_table, table_rows, write_report
 
     runs = [load_run(Path(folder)) for folder in arguments]
     if len(runs) == 1:
-        _print_table(COLUMNS, table_rows(runs[0]))
+        print_table(COLUMNS, table_rows(runs[0]))
         print(f"report: {write_report(runs[0].folder)}")
     else:
-        _print_table(RUN_COLUMNS, compare_runs(runs))
+        print_table(RUN_COLUMNS, compare_runs(runs))
     return 0
 
 
@@ -155,7 +155,7 @@ def _verify(arguments: Sequence[str]) -> int:
     from imagenet_swa.data.sources import progress_bar
     from imagenet_swa.data.verify import VerifySettings, verify
 
-    arguments = ["--verify.full" if argument == "--full" else argument for argument in arguments]
+    arguments = [f"--verify.{a[2:]}" if a == "--full" or a.startswith("--full=") else a for a in arguments]
     about = "Look at every image of data.train and data.val; --full decodes them. Writes a report and a quarantine list."
     config, settings = parse_config_and("verify", VerifySettings, arguments, "imagenet-swa verify", about)
     return 0 if verify(config, settings, track=progress_bar).healthy else 1
@@ -178,6 +178,7 @@ def _prepare(arguments: Sequence[str]) -> int:
 def _bench(arguments: Sequence[str]) -> int:
     from imagenet_swa.bench import BenchSettings, bench_loader
     from imagenet_swa.bench.results import COLUMNS, absent_lines, table_rows
+    from imagenet_swa.report import print_table
 
     if arguments and arguments[0] in ("-h", "--help"):
         arguments = ["loader", "--help"]
@@ -190,7 +191,7 @@ def _bench(arguments: Sequence[str]) -> int:
     for name, flags in settings.flags_of_variants().items():
         variants[name], _ = parse_config_and("bench", BenchSettings, [*rest, *flags], prog, about)
     record = bench_loader(config, settings, variants)
-    _print_table(COLUMNS, table_rows(record))
+    print_table(COLUMNS, table_rows(record))
     for line in absent_lines(record):
         print(f"not measured: {line}")
     print(f"bench folder: {settings.output}")
@@ -204,22 +205,6 @@ def _doctor(arguments: Sequence[str]) -> int:
     from imagenet_swa.doctor import examine
 
     return 0 if examine(config, measure_baseline=not skip_baseline) else 1
-
-
-def _print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table on stdout, without the columns that are empty in every row."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
-    table = Table()
-    for i in kept:
-        table.add_column(columns[i], justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*[escape(row[i]) for i in kept])
-    # Wide enough for every cell where the output is a file, whatever terminal it came from.
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -332,9 +317,20 @@ def _with_explicit_true(arguments: Sequence[str], switches: Sequence[str]) -> li
     return [a + "=true" if a in flags and b.startswith("-") else a for a, b in pairs]
 
 
+_PLAINER = (
+    (
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.+), NoneType\] Errors: .* Given value: ",
+        r"Expected \1. Got value: ",
+    ),
+    (r"Expected a typing\.Literal\[", "Expected one of ["),
+)
+
+
 def _one_line(message: str, names: Sequence[str], prog: str) -> str:
     """jsonargparse's message as one line, with the nearest setting's name where a key was not known."""
     message = re.sub(r"\s*\n\s*", " ", message.strip()).replace('Parser key "', '"').replace("<class '", "").replace("'>", "")
+    for pattern, plain in _PLAINER:
+        message = re.sub(pattern, plain, message)
     if message.startswith("Unexpected config:"):
         return f"the configuration file holds no settings; wanted lines such as `seed: 1`, got {message[19:79]!r}"
     unknown = re.search(

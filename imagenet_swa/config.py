@@ -140,7 +140,8 @@ class DataConfig:
     quarantine: Path | None = None
     """List of images to leave out, as `imagenet-swa verify` writes it: lines `split, name, reason` separated by tabs."""
     on_bad_image: Literal["stop", "skip"] = "stop"
-    """What an image that cannot be read or decoded does: stop the run with its name, or be left out, named and counted."""
+    """What an image that cannot be read (for whatever reason) or decoded does: stop the run with its name, or be left out,
+    named and counted; with skip, all processes compare notes after each step."""
     max_bad_images: int = 100
     """With on_bad_image skip: the most images that a pass over the training or validation images may leave out."""
     synthetic: bool = False
@@ -324,7 +325,7 @@ class Config:
         free = ("output", "resume", "checkpoints_to_keep", "log_every", "trackers", "evaluation.captures")
         free += ("data.num_workers", "data.prefetch", "data.on_bad_image", "data.max_bad_images", "data.resize")
         free += ("swa.report_epochs", "swa.include_pretrained")
-        # The fingerprints of the images stand for the first four.
+        # The fingerprints of the images stand for where they lie.
         free += ("data.train", "data.val", "data.index", "data.quarantine", "data.decode")
         return {key: value for key, value in flat.items() if not key.startswith(free)}
 

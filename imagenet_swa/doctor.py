@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from imagenet_swa.config import Config, InputError, Preprocessing
-from imagenet_swa.data import imagenet
+from imagenet_swa.data import imagenet, resize
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.loaders import build_indices, build_loaders
 from imagenet_swa.data.sampling import evaluation_batches, training_batches
@@ -65,6 +65,12 @@ def examine(config: Config, *, measure_baseline: bool = True) -> bool:
         return False
     examination.runtime = runtime
     examination.check("DALI", lambda: _dali(config))
+    if not resize.available() and config.data.backend == "dali" and not config.data.synthetic:
+        examination.warn(
+            "compiled part",
+            "not built: on the CPU, DALI resizes and restart markers are not used, which is slower; install a C "
+            "compiler (gcc or clang) and the package again",
+        )
     indices = examination.check("images", lambda: _images(config, runtime))
     if indices is not None:
         for finding in _unlike_imagenet(config, indices):

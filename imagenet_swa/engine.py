@@ -150,6 +150,7 @@ def train_one_epoch(
     Raises:
         TrainingError: the loss or a weight is not finite.
         BadImageError: an image cannot be decoded.
+        TooManyBadImagesError: more images than the limit cannot be decoded.
     """
     _training_mode(network, freeze_batchnorm=config.model.freeze_batchnorm)
     batches = plan.batches(epoch, runtime.rank)
@@ -167,13 +168,14 @@ def train_one_epoch(
             is_last = step + 1 == first_step + plan.steps_per_epoch
             meter.after_step(step, result.loss, stream, title, ticker, is_last=is_last)
     if num_left_out:
-        records.say(f"{title}: {num_left_out} images left out as bad")
+        records.say(f"{title}: {num_left_out} images left out as bad, counted each time")
+        records.log("bad_images", step=first_step + plan.steps_per_epoch, num_left_out=num_left_out)
     _check_weights(network, first_step + plan.steps_per_epoch)
 
 
 def check_left_out(num_left_out: int, config: Config) -> None:
-    """Raise TooManyBadImagesError where all ranks together left out more than the limit."""
-    if num_left_out > config.data.max_bad_images:
+    """Raise TooManyBadImagesError where all ranks together left out more than the limit, which is none unless they may."""
+    if num_left_out > (config.data.max_bad_images if config.data.on_bad_image == "skip" else 0):
         error = TooManyBadImagesError(
             f"{num_left_out} images of this pass cannot be decoded, data.max_bad_images is {config.data.max_bad_images}; "
             "look at the data with `imagenet-swa verify`"

@@ -1,6 +1,7 @@
 """Finished or running runs -> result table beside the paper's, trajectory plot, Markdown. Reads files only."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,22 @@ def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str
     lines = [[columns[i] for i in kept], ["---" if i == 0 else "---:" for i in kept]]
     lines += [[row[i] for i in kept] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table on stdout, without the columns that are empty in every row."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    table = Table()
+    for i in kept:
+        table.add_column(columns[i], justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*[escape(row[i]) for i in kept])
+    # Wide enough for every cell where the output is a file, whatever terminal it came from.
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 # --------------------------------------------------------------------------------------------------------- report

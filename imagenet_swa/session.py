@@ -33,10 +33,12 @@ class Session:
     loaders: Loaders
 
     @classmethod
-    def open(cls, config: Config) -> "Session":
-        """Processes, images and the pretrained network (in host memory), in the order in which bad input is cheapest."""
+    def open(cls, config: Config, *, evaluation_only: bool = False) -> "Session":
+        """Processes, images and the pretrained network (in host memory), in the order in which bad input is cheapest. With
+        `evaluation_only` it does without training images.
+        """
         runtime = start_runtime(config)
-        indices = build_indices(config, runtime, progress_bar)
+        indices = build_indices(config, runtime, progress_bar, evaluation_only=evaluation_only)
         torch.manual_seed(config.seed)  # random weights are the same on every rank, as the averages of all ranks must be
         with runtime.local_main_first():
             network = load_pretrained(config.model)
@@ -98,7 +100,7 @@ class Session:
 
 def evaluate_network(config: Config) -> Evaluation:
     """The configured network as it starts, on the validation images: the baseline of a run, or any weights file."""
-    session = Session.open(config)
+    session = Session.open(config, evaluation_only=True)
     network = session.placed(session.network)
     return session.evaluate({"network": network})["network"]
 

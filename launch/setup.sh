@@ -6,6 +6,7 @@
 what_is_installed() {
     # shellcheck disable=SC2154  # the script that sources this file sets it
     cat "$project/pyproject.toml" "$project"/imagenet_swa/data/native/*.c
+    command -v cc gcc clang || true # one that is installed later is used then
 }
 
 setup() {
@@ -32,7 +33,7 @@ setup() {
         echo "setup: no DALI for this platform; going on with the torchvision loader" >&2
     fi
     if ! "$python" -c 'from imagenet_swa.data.native import library; exit(library() is None)'; then
-        echo "setup: no C compiler, so DALI resizes and restart markers are not used: slower, otherwise the same" >&2
+        echo "setup: the C part could not be built (is there a compiler?), so DALI resizes and restart markers are not used: slower" >&2
     fi
     what_is_installed >"$stamp"
 }

@@ -27,11 +27,12 @@ LAYERS = [
     ],
     ["averaging", "batchnorm", "records", "bench.results", "data.index", "data.prepare.copies", "data.prepare.labels"],
     ["checkpoint", "bench.measure", "data.batch", "data.encoded", "data.shards"],
-    ["evaluate", "engine", "data.crops", "data.torch_loader", "data.synthetic", "data.sources"],
-    ["data.dali", "data.examine", "data.index_cache", "data.prepare.parquet"],
+    ["evaluate", "engine", "data.crops", "data.synthetic", "data.sources"],
+    ["data.dali_pipeline", "data.torch_loader", "data.examine", "data.index_cache", "data.prepare.parquet"],
+    ["data.dali"],
     ["data.loaders", "data.verify", "data.prepare.archives"],
     ["session", "bench.__init__", "data.prepare.units"],
-    ["finetune", "doctor", "data.prepare.report"],
+    ["finetune", "doctor", "data.prepare.journal", "data.prepare.report"],
     ["data.prepare.__init__"],
     ["cli"],
     ["train", "__main__"],
@@ -146,7 +147,7 @@ def test_packages_import_nothing():
 @pytest.mark.parametrize(
     ("package", "modules"),
     [
-        ("nvidia", {"data.dali", "doctor", "bench.alternatives"}),
+        ("nvidia", {"data.dali", "data.dali_pipeline", "doctor", "bench.alternatives"}),
         ("jsonargparse", {"cli"}),
         ("accelerate", {"runtime"}),
         ("timm", {"models", "finetune"}),
@@ -162,9 +163,9 @@ def test_a_library_has_its_module(package: str, modules: set[str]):
 
 
 def test_dali_is_imported_only_when_needed():
-    """The program runs without DALI: only data.dali imports it at the top, and nothing imports data.dali at the top."""
+    """The program runs without DALI: only data.dali and its pipeline import it at the top, and nobody imports them there."""
     for module, path in module_files().items():
-        if module != "data.dali":
+        if module not in ("data.dali", "data.dali_pipeline"):
             assert not imports_package(path, "nvidia", at_import_time_only=True), module
             assert not imports_package(path, "imagenet_swa.data.dali", at_import_time_only=True), module
 

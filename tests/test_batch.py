@@ -35,7 +35,7 @@ def test_stop_names_the_first(index: ImageIndex) -> None:
         BadImages(index).leave_out({1: "the file is empty", 0: "no such file"})
     message = str(error.value)
     assert message.startswith(f"cannot decode the image {index.path(1)}: the file is empty; ")
-    for remedy in ("repair it", "folder or list", "data.quarantine (imagenet-swa verify finds", "data.on_bad_image to skip"):
+    for remedy in ("repair it", "data.quarantine (imagenet-swa verify finds", "data.on_bad_image to skip"):
         assert remedy in message
     assert "\n" not in message and error.value.concerns_one_rank and isinstance(error.value, InputError)
 
@@ -117,3 +117,22 @@ def test_a_rank_says_who_it_is(index: ImageIndex, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RANK", "2")
     BadImages(index, "skip", 1).leave_out({0: "bad"})
     assert capsys.readouterr().err == f"imagenet-swa: left out [rank 2]: {index.path(0)}: bad\n"
+
+
+def test_an_interrupted_run_names_nothing_twice_in_its_list(index: ImageIndex, tmp_path: Path) -> None:
+    """A run that goes on, with its own memory lost, adds only images that its list does not have yet."""
+    log = tmp_path / "bad.tsv"
+    for reasons in ({0: "empty"}, {0: "empty", 3: "cut"}, {3: "cut"}):
+        BadImages(index, "skip", 9, split="train", log=log).leave_out(reasons)
+    assert read_quarantine(log, "train") == [NAMES[0], NAMES[3]]
+
+
+def test_how_few_are_too_few_to_train_on(index: ImageIndex) -> None:
+    """BatchNorm at work needs two images of a batch, frozen BatchNorm one, evaluation none."""
+    for min_good, num_good, is_enough in ((2, 1, False), (2, 2, True), (1, 1, True), (1, 0, False), (2, None, True)):
+        bad_images = BadImages(index, "skip", 9, min_good=min_good)
+        if is_enough:
+            bad_images.leave_out({0: "empty"}, num_good=num_good)
+        else:
+            with pytest.raises(TooManyBadImagesError, match="too few to train on"):
+                bad_images.leave_out({0: "empty"}, num_good=num_good)

@@ -4,6 +4,7 @@ import gc
 import json
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from imagenet_swa import bench
 from imagenet_swa.bench import BenchSettings, bench_loader, cyclic_order
 from imagenet_swa.bench.alternatives import ALTERNATIVES, REFERENCE, Alternative, Mode, Stream, Work
 from imagenet_swa.bench.measure import Candidate, cpu_seconds, measure, rotated, time_block
-from imagenet_swa.bench.results import COLUMNS, Block, absent_lines, summarise, table_rows
+from imagenet_swa.bench.results import COLUMNS, Block, absent_lines, plot_ratios, summarise, table_rows
 from imagenet_swa.config import Config, DataConfig, InputError, ModelConfig, PreprocessingConfig
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -200,6 +201,26 @@ def test_cpu_time_of_workers_counts_while_they_live_and_after():
     assert alive - 0.1 < ended < 3.5
 
 
+def burn_below(amount: float, done: object, leave: object) -> None:
+    process = multiprocessing.get_context("fork").Process(target=burn, args=(amount, done, leave))
+    process.start()
+    process.join()
+
+
+def test_cpu_time_of_workers_of_workers_counts():
+    """What a child's child burned is counted while both run."""
+    context = multiprocessing.get_context("fork")
+    done, leave = context.Event(), context.Event()
+    before = cpu_seconds()
+    process = context.Process(target=burn_below, args=(1.0, done, leave))
+    process.start()
+    assert done.wait(60)
+    alive = cpu_seconds() - before
+    leave.set()
+    process.join(60)
+    assert 0.9 < alive < 2
+
+
 def test_images_come_round_in_turn():
     """No image comes twice before all came once, and the order is random."""
     order = cyclic_order(10, 34, seed=3)
@@ -357,8 +378,6 @@ def test_the_plot_shows_the_ratios(result: tuple[dict, Path], tmp_path: Path, mo
     """The bars are as long as the medians, the whiskers reach from minimum to maximum."""
     from matplotlib import pyplot
 
-    from imagenet_swa.bench.results import plot_ratios
-
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
     record, _ = result
@@ -373,6 +392,51 @@ def test_the_plot_shows_the_ratios(result: tuple[dict, Path], tmp_path: Path, mo
                 ratio = row[f"ratio_of_{kind}"]
                 assert bar.get_width() == pytest.approx(ratio["median"])
                 assert [end[0] for end in whisker] == pytest.approx([ratio["min"], ratio["max"]])
+
+
+def test_long_names_leave_room_for_bars(result: tuple[dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Names of any length give a chart that could be laid out, with labels that still differ at their ends."""
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    rows = result[0]["summary"]
+    longer = [row | {"candidate": f"ours[data.train=/a/{'long/' * 60}path data.prefetch={i}]"} for i, row in enumerate(rows)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_ratios(result[0] | {"summary": [*rows, *longer]}, tmp_path / "plot.png")
+    for axis in figures[0].axes:
+        labels = [label.get_text() for label in axis.get_yticklabels()]
+        assert len(set(labels)) == len(labels) == 6
+        assert all(len(label.rpartition(" (")[0]) <= 40 for label in labels)
+        assert axis.get_position().width > 0.4
+
+
+def test_output_that_is_a_file(image_folder: Path, tmp_path: Path):
+    """An output that cannot be a folder is named before anything is measured."""
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot make the folder .*file.*; set bench\.output to another"):
+        bench_loader(config_of(image_folder), BenchSettings(output=tmp_path / "file"), {})
+
+
+def test_what_a_killed_run_left_is_removed(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The loaders' files of a run that was killed are never seen by the next one, and gone after it."""
+    seen = []
+
+    def looks(work: Work, output: str) -> Stream:
+        seen.append(sorted(path.name for path in work.folder.iterdir()))
+        (work.folder / "left").touch()
+        yield from in_process(work, output)
+
+    monkeypatch.setattr(bench, "ALTERNATIVES", [fake_alternative(REFERENCE, looks)])
+    settings = BenchSettings(output=tmp_path, mode="train", rounds=1, num_images=8, batch_size=4, candidates=())
+    with monkeypatch.context() as killed:  # a kill leaves no time to remove anything
+        killed.setattr(bench.shutil, "rmtree", lambda *_args, **_options: None)
+        bench_loader(config_of(image_folder), settings, {})
+    assert len(list(tmp_path.iterdir())) == 4
+    bench_loader(config_of(image_folder), settings, {})
+    assert seen == [[], ["left"], [], ["left"]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loader.json", "loader.md", "loader.png"]
 
 
 def test_the_fastest_stands_first():

@@ -22,9 +22,10 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 
 from imagenet_swa.config import Preprocessing
-from imagenet_swa.data import dali, resize, storage
+from imagenet_swa.data import dali_pipeline, resize, storage
 from imagenet_swa.data.batch import BadImageError, BadImages, Batch, ImageLoader, TooManyBadImagesError
 from imagenet_swa.data.dali import DaliLoader
+from imagenet_swa.data.dali_pipeline import PipelineMaker
 from imagenet_swa.data.index import ImageIndex, make_index
 from imagenet_swa.data.sampling import CropDraws, Indices, crop_windows, draw_crops, training_batches
 from imagenet_swa.data.sources import Source, scan
@@ -1100,8 +1101,10 @@ def test_a_fault_of_the_pipeline_is_not_the_images(
     small: ImageIndex, make: MakeLoader, mode: Mode, policy: Literal["stop", "skip"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where DALI fails at every image, all of which are sound, its own error comes out and no image is blamed."""
-    decoded = DaliLoader._decoded
-    monkeypatch.setattr(DaliLoader, "_decoded", lambda *arguments: dali.fn.reinterpret(decoded(*arguments), shape=[1, 1, 3]))
+    decoded = PipelineMaker._decoded
+    monkeypatch.setattr(
+        PipelineMaker, "_decoded", lambda *arguments: dali_pipeline.fn.reinterpret(decoded(*arguments), shape=[1, 1, 3])
+    )
     loader = make(small, preprocessing(), bad_images=BadImages(small, policy, 1000))
     with pytest.raises(RuntimeError, match=r"[Rr]einterpret") as error:
         list(stream_of(loader, mode, in_pieces(range(len(small)), 4)))
@@ -1215,6 +1218,53 @@ def test_a_cut_image_is_refused_whatever_is_shown_of_it(tmp_path: Path, make: Ma
         loader = make(index, work, seed=seed, bad_images=BadImages(index, "skip", 3))
         (batch,) = loader.training_stream([np.array([3, 0, 3, 1, 2])], epoch=seed % 3)
         assert batch.left_out == (0, 1, 2) and batch.indices.tolist() == [3, 3]
+
+
+@every_dali_loader
+@every_mode
+def test_a_fault_of_the_preparation_comes_out(
+    tmp_path: Path, make: MakeLoader, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that is no image's, while a bad image is on its way too, ends the stream with that error, not without a word."""
+    index = folder_with_bad_images(tmp_path, *MET_BY_THE_DECODER)
+    prepare, calls = DaliLoader._prepare, iter(range(100))
+
+    def fails_later(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise RuntimeError("no more threads")
+        return prepare(*arguments)
+
+    monkeypatch.setattr(DaliLoader, "_prepare", fails_later)
+    loader = make(index, preprocessing(), bad_images=BadImages(index, "skip", 100))
+    batches = [np.array([0, 1, 2, 3]), np.array([4, 5, CULPRIT, 6]), np.array([7, 8, 9]), np.array([10, 11, 12])]
+    with pytest.raises(RuntimeError, match="no more threads"):
+        list(stream_of(loader, mode, batches))
+
+
+@every_loader
+def test_a_tiff_that_asks_to_be_turned_is_refused(tmp_path: Path, make: MakeLoader) -> None:
+    """Pillow turns a TIFF by its tag and DALI does not: no loader takes one, all take it upright."""
+    image = Image.fromarray(picture(60, 240))
+    image.save(tmp_path / "0.tif")
+    image.save(tmp_path / "1.tif", tiffinfo={0x0112: 6})
+    index = index_of(tmp_path, ["0.tif", "1.tif"])
+    for mode in MODES:
+        loader = make(index, preprocessing(), bad_images=BadImages(index, "skip", 2, min_good=1))
+        (batch,) = stream_of(loader, mode, [np.arange(2)])
+        assert batch.indices.tolist() == [0] and batch.left_out == (1,)
+        with pytest.raises(BadImageError, match="asks to be turned"):
+            list(stream_of(make(index, preprocessing()), mode, [np.arange(2)]))
+
+
+@every_loader
+def test_an_image_too_thin_to_resize_is_bad(tmp_path: Path, make: MakeLoader) -> None:
+    """An image one pixel high and so long that its resized row fits nowhere is named in evaluation, not a failure of all."""
+    Image.new("L", (60_000, 1)).save(tmp_path / "thin.png")
+    Image.fromarray(picture(60, 70)).save(tmp_path / "usual.png")
+    index = index_of(tmp_path, ["thin.png", "usual.png"])
+    loader = make(index, preprocessing(resize=480), bad_images=BadImages(index, "skip", 1))
+    (batch,) = loader.evaluation_stream([np.arange(2)])
+    assert batch.left_out == (0,) and batch.indices.tolist() == [1]
 
 
 # ------------------------------------------------------------------------------------------------------------- GPU

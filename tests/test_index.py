@@ -101,17 +101,47 @@ def test_places_of_images(tmp_path: Path):
     sharded=st.booleans(),
 )
 def test_without_names(names: list[bytes], unwanted: list[bytes], also: list[int], sharded: bool):
-    """Leaving out names keeps all other images with their labels, sizes and places, in their order."""
+    """Leaving out listed names keeps all other images with their labels, sizes and places, in their order."""
     sizes = list(range(1, len(names) + 1))
     index = made_index("/a", names, list(range(len(names))), sizes=sizes)
     index = in_shards(index, [i // 3 for i in range(len(names))]) if sharded and names else index
-    unwanted += [names[i] for i in also if i < len(names)]
-    kept = index.without(unwanted)
-    wanted = [i for i in range(len(names)) if names[i] not in unwanted]
+    chosen = [os.fsencode(index.listed_name(i)) for i in also if i < len(names)]
+    kept = index.without(chosen + unwanted)
+    away = {names[i] for i in also if i < len(names)} | set(unwanted)
+    wanted = [i for i in range(len(names)) if names[i] not in away]
+    if sharded and len(set(names)) < len(names):  # each is listed with its shard; none of `unwanted` has one
+        away_in_shards = {(i // 3, names[i]) for i in also if i < len(names)}
+        wanted = [i for i in range(len(names)) if (i // 3, names[i]) not in away_in_shards]
     assert [os.fsencode(kept.name(k)) for k in range(len(kept))] == [names[i] for i in wanted]
     assert kept.labels.tolist() == wanted
     assert [kept.location(k) for k in range(len(kept))] == [index.location(i) for i in wanted]
     assert kept.fingerprint == made_index("/b", [names[i] for i in wanted], wanted, sizes=[sizes[i] for i in wanted]).fingerprint
+
+
+def test_names_that_repeat_in_shards_are_listed_with_their_shard():
+    """Of two shards' images of one name each is listed, and left out, by itself; afterwards names are listed as before."""
+    index = in_shards(made_index("/a", [b"1.jpg", b"2.jpg", b"1.jpg"], [0, 1, 2]), [0, 0, 1])
+    assert [index.listed_name(i) for i in range(3)] == ["0.tar:1.jpg", "0.tar:2.jpg", "1.tar:1.jpg"]
+    kept = index.without([b"1.tar:1.jpg"])
+    assert [kept.location(i) for i in range(2)] == [index.location(0), index.location(1)]
+    assert [kept.listed_name(i) for i in range(2)] == ["0.tar:1.jpg", "0.tar:2.jpg"]
+    assert len(index.without([b"1.jpg"])) == 3
+    once = in_shards(made_index("/a", [b"1.jpg", b"2.jpg"], [0, 1]), [0, 1])
+    assert once.listed_name(0) == "1.jpg"
+    twice_in_a_list = made_index("/a", [b"1.jpg", b"2.jpg", b"1.jpg"], [0, 1, 2])
+    assert len(twice_in_a_list.without([b"1.jpg"])) == 1
+
+
+@settings(deadline=None)
+@given(names=st.lists(st.text(st.sampled_from("%029ADa5\t\n\r\udcff")).map(os.fsencode), min_size=1, max_size=8, unique=True))
+def test_listed_names_are_fields_of_a_line(names: list[bytes]):
+    """Whatever bytes names hold, listed names have no tab and no end of line, differ, and leave out just their image."""
+    index = made_index("/a", names, list(range(len(names))))
+    listed = [index.listed_name(i) for i in range(len(names))]
+    assert len(set(listed)) == len(names)
+    for i, text in enumerate(listed):
+        assert not set(text) & set("\t\n\r")
+        assert index.without([os.fsencode(text)]).labels.tolist() == [k for k in range(len(names)) if k != i]
 
 
 # ------------------------------------------------------------------------------------------------------ saved, damaged
@@ -155,10 +185,32 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_index(made_index("/a", [b"other"], [0]), {}, path)
+    message = one_line(save_index, made_index("/a", [b"other"], [0]), {}, path)
+    assert f"cannot write the index {path}: no space left on device; set data.index to a folder" in message
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert load_index(str(path), "/a")[0].fingerprint == index.fingerprint
+
+
+def test_an_index_below_a_file_or_over_a_folder(tmp_path: Path):
+    """Where a file stands for a folder, or a folder for the file, saving is refused with the path."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "x.index.arrow", tmp_path / "file" / "y" / "x.index.arrow", tmp_path / "folder"):
+        assert f"cannot write the index {path}: " in one_line(save_index, made_index("/a", [b"a"], [0]), {}, path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_an_index_without_the_right_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An index that may not be read is told as that; building it again would not help."""
+    path, _ = saved(tmp_path)
+
+    def denied(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(pa, "memory_map", denied)
+    message = one_line(load_index, str(path), "/a")
+    assert f"cannot read the index {path}: permission denied" in message
+    assert "rebuild" not in message
 
 
 def test_damage_at_any_byte(tmp_path: Path):
@@ -269,9 +321,22 @@ def test_splits_with_different_classes_are_refused():
     train, val = index_of(["ant", "bee"]), index_of(["ant", "cat"], "/data/val")
     message = one_line(check_same_classes, train, val)
     assert "/data/train and /data/val have different class folders, such as 'bee'" in message
-    check_same_classes(train, index_of(["ant", "bee"], "/data/val"))
-    check_same_classes(train, index_of(None))
-    check_same_classes(index_of(None), val)
+    other = made_index("/data/val", [b"b"], [0], ("ant", "bee"))
+    check_same_classes(train, other)
+    check_same_classes(train, made_index("/data/list", [b"c"], [0]))
+    check_same_classes(made_index("/data/list", [b"c"], [0]), val)
+
+
+def test_the_same_images_for_both_splits_are_refused():
+    """Equal names, labels and sizes are the same images, wherever they lie; of unknown sizes only in the same place."""
+    train = made_index("/data/train", [b"a", b"b"], [0, 1])
+    message = one_line(check_same_classes, train, made_index("/data/val", [b"a", b"b"], [0, 1]))
+    assert "data.train and data.val are the same images" in message
+    check_same_classes(train, made_index("/data/val", [b"a", b"b"], [0, 1], sizes=[10, 11]))
+    unknown = [made_index(root, [b"a"], [0], sizes=[storage.WHOLE]) for root in ("s3://b/train", "s3://b/val")]
+    check_same_classes(unknown[0], unknown[1])
+    assert "are the same images" in one_line(check_same_classes, unknown[0], unknown[0])
+    check_same_classes(made_index("", [b"a"], [0]), made_index("", [b"a"], [0]))
 
 
 def test_labels_beyond_the_networks_outputs():

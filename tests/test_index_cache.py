@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import pytest
 from conftest import PROJECT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sources import as_folder, as_list, as_shards, write
+from test_sources import as_folder, as_list, as_shards, write, write_tar
 
 from imagenet_swa.config import InputError
 from imagenet_swa.data import index_cache
@@ -77,7 +78,7 @@ def test_two_sources_have_two_files(tmp_path: Path):
         Source("train", "/a/train", "/b/list.txt"),
         Source("train", "/a/train-{0..9}.tar"),
         Source("train", "/a/train-*.tar"),
-        Source("train", "s3://bucket/train"),
+        Source("train", "s3://bucket/train-*.tar"),
     ]
     assert len({index_path(source, tmp_path) for source in sources}) == len(sources)
     assert index_path(Source("train", "/a/train/"), tmp_path) == index_path(sources[0], tmp_path)
@@ -133,6 +134,8 @@ def test_copies_and_new_times_are_no_change(tmp_path: Path, arrange: Arrange):
     for path in (tmp_path / "a").rglob("*"):
         os.utime(path, (1e9, 1e9))
     assert same(find_index(source, None), built)
+    if source.list_file is not None:  # its paths start from data.train, see below
+        return
     subprocess.run(["cp", "-r", str(tmp_path / "a"), str(tmp_path / "b")], check=True)
     moved = Source(
         "train",
@@ -187,7 +190,7 @@ def test_changed_shards_are_noticed(tmp_path: Path):
     for changed, words in (
         (content[:-512], "had"),
         (content + bytes(512), "had"),
-        (content.replace(b"bee/", b"eel/"), "has other members"),
+        (content.replace(b"bee/", b"eel/"), "damaged"),  # the headers' sums are wrong
     ):
         shards[0].write_bytes(changed)
         assert words in fails(find_index, source, None)
@@ -198,6 +201,70 @@ def test_changed_shards_are_noticed(tmp_path: Path):
     (tmp_path / "train" / "new.tar").unlink()
     shards[1].unlink()
     assert "older than the data" in fails(find_index, source, None)
+
+
+MEMBERS = [("a.jpg", b"x" * 600), ("a.cls", b"1"), ("b.jpg", b"y" * 600), ("b.cls", b"2")]
+RELABELLED = [("a.jpg", b"x" * 600), ("a.cls", b"2"), ("b.jpg", b"y" * 600), ("b.cls", b"1")]
+RENAMED = [("c.jpg", b"x" * 600), ("c.cls", b"1"), *MEMBERS[2:]]
+
+
+def test_relabelled_shards_are_noticed(tmp_path: Path):
+    """Other labels, names or an order in a shard of the same size make the index old; the same bytes again do not."""
+    path = write_tar(tmp_path / "train" / "0.tar", MEMBERS)
+    source = Source("train", str(path.parent))
+    build_index(source, None, num_classes=3)
+    original = path.read_bytes()
+    for members in (RELABELLED, RENAMED, MEMBERS[2:] + MEMBERS[:2]):
+        content = write_tar(tmp_path / "other.tar", members).read_bytes()
+        assert len(content) == len(original)
+        path.write_bytes(content)
+        assert f"{path} has other members or labels" in fails(find_index, source, None)
+    path.write_bytes(original)
+    assert find_index(source, None) is not None
+
+
+def test_relabelled_shards_in_s3_are_noticed(tmp_path: Path, bucket: "Bucket"):
+    """So it is with objects."""
+    path = write_tar(tmp_path / "train" / "0.tar", MEMBERS)
+    source = Source("train", bucket.put_folder(path.parent, "train"))
+    build_index(source, tmp_path / "kept", num_classes=3)
+    write_tar(path, RELABELLED)
+    for members, is_same in ((RELABELLED, False), (MEMBERS, True)):
+        time.sleep(1.1)  # times in S3 are whole seconds
+        for method, what in (("POST", "moto-api/reset"), ("PUT", bucket.name)):  # the server lets nobody write over an object
+            urllib.request.urlopen(urllib.request.Request(f"{os.environ['AWS_ENDPOINT_URL']}/{what}", method=method)).close()
+        bucket.put("train/0.tar", write_tar(path, members).read_bytes())
+        if is_same:
+            assert find_index(source, tmp_path / "kept") is not None
+        else:
+            assert "0.tar has other members or labels" in fails(find_index, source, tmp_path / "kept")
+
+
+def test_a_list_for_another_folder_is_noticed(tmp_path: Path):
+    """A list's index holds for the folder that its paths started from, however that is written; files are compared by size."""
+    source = as_list(tmp_path / "train")
+    build_index(source, None, num_classes=3)
+    (tmp_path / "other").mkdir()
+    assert find_index(Source("train", f"{tmp_path}/other/../train/", source.list_file), None) is not None
+    message = fails(find_index, Source("train", str(tmp_path / "other"), source.list_file), None)
+    assert f"it was built for paths below {tmp_path / 'train'}" in message
+    write(tmp_path / "train", {"bee/1.jpg": b"another length"})
+    assert "bee/1.jpg had 1 bytes, now has 14" in fails(find_index, source, None)
+    (tmp_path / "train" / "bee" / "1.jpg").unlink()
+    assert "bee/1.jpg is gone" in fails(find_index, source, None)
+    assert find_index(Source("train", source.path, source.list_file, missing_ok=True), None) is not None
+
+
+def test_both_splits_shards_in_one_folder(tmp_path: Path):
+    """Each split of a folder with the shards of both has its index file, beside the data and elsewhere."""
+    for split, label in (("train", 1), ("validation", 2)):
+        write_tar(tmp_path / "wds" / f"imagenet1k-{split}-0.tar", [("a.jpg", b"x" * label), ("a.cls", b"%d" % label)])
+    sources = [Source(split, str(tmp_path / "wds")) for split in ("train", "val")]
+    assert index_path(sources[0], None) == str(tmp_path / "wds.train.index.arrow")
+    for folder in (None, tmp_path / "kept"):
+        built = [build_index(source, folder, num_classes=3)[0] for source in sources]
+        assert [index.labels.tolist() for index in built] == [[1], [2]]
+        assert all(same(find_index(source, folder), index) for source, index in zip(sources, built, strict=True))
 
 
 def test_another_kind_of_data_is_noticed(tmp_path: Path):
@@ -243,6 +310,25 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(index_cache, "scan", lambda *_, **__: pytest.fail("scanned in vain"))
     message = fails(build_index, source, None, num_classes=3)
     assert f"cannot write {tmp_path / 'train.index.arrow'}; set data.index to a folder that can be written" in message
+
+
+def test_where_no_index_can_be(tmp_path: Path):
+    """A folder in S3 and a path below a file are refused for an index, before anything is read."""
+    source = as_folder(tmp_path / "train")
+    (tmp_path / "file").touch()
+    assert "data.index is in S3; set it to a local folder" in fails(build_index, source, Path("s3://bucket/x"), num_classes=3)
+    assert "data.index is in S3" in fails(find_index, source, Path("s3://bucket/x"))
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        assert f"{tmp_path / 'file'} is a file; set data.index to a folder" in fails(build_index, source, folder, num_classes=3)
+
+
+def test_the_index_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`.` means the folder by its own name: its index lies beside it, not in it."""
+    as_folder(tmp_path / "train")
+    monkeypatch.chdir(tmp_path / "train")
+    _, path = build_index(Source("train", "."), None, num_classes=3)
+    assert path == tmp_path / "train.index.arrow"
+    assert find_index(Source("train", str(tmp_path / "train")), None) is not None
 
 
 def test_data_in_s3(tmp_path: Path, bucket: "Bucket"):

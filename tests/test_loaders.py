@@ -188,6 +188,7 @@ def copied(config: Config, image_folder: Path, tmp_path: Path) -> Config:
     """The same on a copy of the images, with a folder of its own for indices."""
     shutil.copytree(image_folder, tmp_path / "images")
     folders = {split: str(tmp_path / "images" / split) for split in ("train", "val")}
+    (tmp_path / "kept").mkdir()
     return with_data(config, **folders, index=tmp_path / "kept")
 
 
@@ -382,7 +383,8 @@ def test_only_dali_decodes_on_the_gpu(config: Config) -> None:
 
 def without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    monkeypatch.delitem(sys.modules, "imagenet_swa.data.dali")
+    for module in ("imagenet_swa.data.dali", "imagenet_swa.data.dali_pipeline"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
 
 
 def test_torchvision_and_made_up_images_need_no_dali(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,7 +441,7 @@ def test_a_bad_image_is_bad_input_that_one_rank_knows_of() -> None:
     error = BadImageError("a/b.JPEG", "the file is empty")
     assert isinstance(error, InputError) and error.concerns_one_rank and not InputError("x").concerns_one_rank
     assert str(error).startswith(
-        "cannot decode the image a/b.JPEG: the file is empty; repair it, take it out of the folder or list, "
+        "cannot decode the image a/b.JPEG: the file is empty; set data.on_bad_image to skip to go on without it, or repair it"
     )
 
 
@@ -496,3 +498,27 @@ def test_a_synthetic_batch_is_its_takers_own() -> None:
     first.images.zero_()
     (second,) = loader.evaluation_stream(batches)
     assert torch.equal(second.images, before)
+
+
+def test_evaluation_needs_no_training_images(config: Config) -> None:
+    """Without training images, evaluation alone is given the validation images for both, and training an error."""
+    alone = with_data(config, train=None)
+    train, val = build_indices(alone, evaluation_only=True)
+    assert train is val and len(val) == 12
+    with pytest.raises(InputError, match=r"data\.train is not set"):
+        build_indices(alone)
+
+
+def test_quarantined_names_that_nothing_has(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines of a quarantine list that name no image of the split, as paths instead of names would, are told in a line."""
+    quarantine = tmp_path / "quarantine.tsv"
+    quarantine.write_text("train\tant/0.JPEG\tempty\ntrain\t/data/ant/1.JPEG\tempty\n")
+    train, val = build_indices(with_data(config, quarantine=quarantine))
+    assert (len(train), len(val)) == (23, 12)
+    assert capsys.readouterr().err == f"imagenet-swa: warning: 1 line(s) of {quarantine} name no image of data.train\n"
+
+
+def test_an_index_folder_that_is_not_there(config: Config, tmp_path: Path) -> None:
+    """A misspelt data.index is not taken for one without indices."""
+    with pytest.raises(InputError, match=r"data\.index .*nowhere is no folder; run `imagenet-swa index`"):
+        build_indices(with_data(config, index=tmp_path / "nowhere"))

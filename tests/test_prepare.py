@@ -27,6 +27,7 @@ from imagenet_swa.config import InputError, TrainingError
 from imagenet_swa.data import native
 from imagenet_swa.data import prepare as prepare_module
 from imagenet_swa.data.imagenet import synsets
+from imagenet_swa.data.index import load_index
 from imagenet_swa.data.index_cache import find_index
 from imagenet_swa.data.prepare import PrepareResult, PrepareSettings, prepare
 from imagenet_swa.data.prepare.archives import open_origin
@@ -96,8 +97,17 @@ def images_of(output: Path, split: str = "train") -> dict[str, tuple[int, bytes]
 
 
 def tree(folder: Path, *, but: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """Name -> bytes of all files; of an index, which remembers times and places too, the fingerprint and where images lie."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.suffix not in but}
+    return {str(path.relative_to(folder)): _content(path) for path in files if path.suffix not in but}
+
+
+def _content(path: Path) -> bytes:
+    if not path.name.endswith(".index.arrow"):
+        return path.read_bytes()
+    index, _ = load_index(str(path), "")
+    places = () if index.offsets is None else index.offsets.tolist()
+    return f"{index.fingerprint} {index.shards} {places}".encode()
 
 
 @pytest.fixture
@@ -239,6 +249,36 @@ def test_official_train_archive(train_archive: Any, tmp_path: Path) -> None:
     assert tree(tmp_path / "out" / "train") == tree(tmp_path / "by_folder" / "train")
 
 
+def test_class_archives_in_a_folder(train_archive: Any, tmp_path: Path) -> None:
+    """The train archive unpacked once, a folder of a tar file per class, gives what the archive gives, in the synsets' order."""
+    path, expected = train_archive
+    with tarfile.open(path) as tar:
+        tar.extractall(tmp_path / "classes", filter="data")
+    quietly(tmp_path / "classes", tmp_path / "out", num_workers=1)
+    assert images_of(tmp_path / "out") == expected
+    synsets_of = [name.split("/")[0] for name in images_of(tmp_path / "out")]
+    assert synsets_of == sorted(synsets_of)
+    last = tmp_path / "classes" / f"{CLASSES[2]}.tar"
+    last.write_bytes(last.read_bytes()[:-11_000])
+    with pytest.raises(InputError, match=r"n15075141\.tar.*cut short"):
+        quietly(tmp_path / "classes", tmp_path / "again")
+
+
+def test_official_files_of_the_other_split_are_refused(train_archive: Any, val_archive: Path, hub: Any, tmp_path: Path) -> None:
+    """An official file whose name tells another split than `split` is refused with the flag that helps, alone or in a folder."""
+    shutil.copytree(val_archive.parent, tmp_path / "val_alone", ignore=shutil.ignore_patterns("*train*"))
+    table = hub[0] / "data/validation-00000-of-00001.parquet"
+    for source, split, other in (
+        (val_archive, "train", "val"),
+        (train_archive[0], "val", "train"),
+        (tmp_path / "val_alone", "train", "val"),
+        (table, "train", "val"),
+    ):
+        with pytest.raises(InputError, match=f"is the {other} split, but split is {split}; add --split {other}"):
+            quietly(source, tmp_path / "out", split=split)
+        assert not list((tmp_path / "out").glob("*"))
+
+
 @pytest.mark.parametrize("keep", ["half", "last block", "one block less", "two classes"])
 def test_cut_archives(train_archive: Any, tmp_path: Path, keep: str) -> None:
     """A cut archive is refused wherever the cut lies."""
@@ -374,10 +414,10 @@ def test_every_source_can_start_anywhere(folder: Path, hub: Any, train_archive: 
         (folder, {"num_classes": 3}),
         (hub[0], {}),
         (train_archive[0], {}),
-        (val_archive, {"labels": devkit}),
+        (val_archive, {"labels": devkit, "split": "val"}),
     ]
     for path, options in sources:
-        origin = open_origin(str(path), split="train", **options)
+        origin = open_origin(str(path), **{"split": "train", **options})
         everything = list(origin.items(0))
         assert len(everything) >= 6
         for start in range(len(everything) + 1):
@@ -545,7 +585,7 @@ SCRIPT = """
 import os, resource, signal, sys
 from pathlib import Path
 from imagenet_swa.data import prepare
-from imagenet_swa.data.prepare import units
+from imagenet_swa.data.prepare import journal
 
 def ends_at(items, number, what):
     for count, item in enumerate(items):
@@ -558,7 +598,7 @@ def killed(self, unit):
 
 if __name__ == "__main__":
     if {kill_in_add}:
-        units.Journal.add = killed
+        journal.Journal.add = killed
     if {limit}:
         resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
     try:
@@ -637,11 +677,66 @@ def test_done_is_checked_again(several_shards: Path, tmp_path: Path) -> None:
     damaged = bytearray(shard.read_bytes())
     damaged[100_000] ^= 1
     shard.write_bytes(damaged)
-    with pytest.raises(TrainingError, match=r"train-000001\.tar reads back differently.*delete it"):
+    with pytest.raises(TrainingError, match=r"train-000001\.tar reads back differently.*delete train/train-000001\.tar"):
         quietly(several_shards, tmp_path / "out", **changes)
     shard.unlink()
     quietly(several_shards, tmp_path / "out", **changes)
     assert tree(tmp_path / "out", but=(".journal",)) == {n: d for n, d in before.items() if not n.endswith(".journal")}
+
+
+def test_a_shard_that_is_no_archive_any_more_has_a_way_out(several_shards: Path, tmp_path: Path) -> None:
+    """A finished shard with a damaged header is named, and deleting it, as the message says, mends it."""
+    changes: dict[str, Any] = {"num_classes": 3, "shard_size": 1}
+    quietly(several_shards, tmp_path / "out", **changes)
+    before = tree(tmp_path / "out/train")
+    shard = tmp_path / "out/train/train-000002.tar"
+    shard.write_bytes(bytes([255]) * 512 + shard.read_bytes()[512:])
+    with pytest.raises(TrainingError, match=r"train-000002\.tar.*; delete it and run the same command again$"):
+        quietly(several_shards, tmp_path / "out", **changes)
+    shard.unlink()
+    quietly(several_shards, tmp_path / "out", **changes)
+    assert tree(tmp_path / "out/train") == before
+
+
+@pytest.mark.parametrize("gone", ["one file", "the folder", "the list"])
+def test_lost_files_are_made_again(several_shards: Path, tmp_path: Path, gone: str) -> None:
+    """Whatever of a finished folder of files is deleted, the same command makes it again, to the last byte."""
+    changes: dict[str, Any] = {"num_classes": 3, "shard_size": 1, "format": "folder"}
+    quietly(several_shards, tmp_path / "out", **changes)
+    before = tree(tmp_path / "out", but=(".journal", ".arrow"))
+    if gone == "one file":
+        (tmp_path / "out/train/b/10.jpg").unlink()
+    elif gone == "the folder":
+        shutil.rmtree(tmp_path / "out/train")
+    else:
+        (tmp_path / "out/train.txt").unlink()
+    quietly(several_shards, tmp_path / "out", **changes)
+    assert tree(tmp_path / "out", but=(".journal", ".arrow")) == before
+
+
+def test_a_damaged_file_has_a_way_out(several_shards: Path, tmp_path: Path) -> None:
+    """A file of other bytes is found, and what the message says to delete mends it."""
+    changes: dict[str, Any] = {"num_classes": 3, "shard_size": 1, "format": "folder"}
+    quietly(several_shards, tmp_path / "out", **changes)
+    before = tree(tmp_path / "out/train")
+    path = tmp_path / "out/train/c/17.jpg"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(TrainingError, match=r"reads back differently.*delete (\S+) and run") as caught:
+        quietly(several_shards, tmp_path / "out", **changes)
+    Path(str(caught.value).partition("; delete ")[2].partition(" and run")[0]).unlink()
+    quietly(several_shards, tmp_path / "out", **changes)
+    assert tree(tmp_path / "out/train") == before
+
+
+@pytest.mark.parametrize("form", ["shards", "folder"])
+def test_equal_names_are_refused_after_an_interruption(tmp_path: Path, form: Any) -> None:
+    """Two images of one name are refused however often the command stops and is started again."""
+    rows = [(f"a/{i:02d}.jpg", os.urandom(400_000), 0) for i in range(12)]
+    for number in range(2):
+        write_parquet(tmp_path / f"hub/train-0000{number}-of-00002.parquet", rows)
+    for _ in range(3):
+        with pytest.raises(InputError, match=r"two images would get the name a/00\.jpg"):
+            quietly(tmp_path / "hub", tmp_path / "out", shard_size=1, format=form)
 
 
 def test_full_disk(several_shards: Path, tmp_path: Path) -> None:

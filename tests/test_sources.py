@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 from imagenet_swa.config import InputError
 from imagenet_swa.data import imagenet
 from imagenet_swa.data.index import ImageIndex, check_classes
-from imagenet_swa.data.sources import Source, broken_shards, scan
+from imagenet_swa.data.sources import Source, broken_shards, scan, what_changed
 
 if TYPE_CHECKING:
     from s3_server import Bucket
@@ -93,6 +93,7 @@ def cls_of(name: str) -> tuple[str, bytes]:
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.GNU_FORMAT, mode: Any = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode, format=kind) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -201,7 +202,7 @@ def test_class_without_images_is_refused(tmp_path: Path):
     make_files(tmp_path, "ant/1.jpg", "bee/notes.txt", "cat/2.jpg")
     (tmp_path / "dog").mkdir()
     message = one_line(index_of, tmp_path)
-    assert "no images for 2 of 4 classes, the first is 'bee'" in message
+    assert "no images for 2 of 4 classes, the first is 'bee'; remove it, or put images into it" in message
     assert str(tmp_path) in message
 
 
@@ -209,17 +210,71 @@ def test_folder_without_class_folders_is_refused(tmp_path: Path):
     """A missing folder, a file, and a folder of images without classes are refused with what was wanted."""
     make_files(tmp_path / "flat", "1.jpg", "2.jpg")
     assert "no such folder" in one_line(index_of, tmp_path / "nowhere")
-    assert "no such folder" in one_line(index_of, tmp_path / "flat" / "1.jpg")
+    assert "1.jpg is a file; wanted class folders or .tar shards (a list goes to data.train_list)" in one_line(
+        index_of, tmp_path / "flat" / "1.jpg"
+    )
+    assert "is a pattern that does not end in .tar" in one_line(index_of, tmp_path / "train-*")
+    assert "data.train is an empty text" in one_line(index_of, Source("train", ""))
+    assert "data.val_list is an empty text" in one_line(index_of, Source("val", str(tmp_path), " "))
     assert "has no sub-folders; wanted one per class, tar shards, or data.train_list" in one_line(index_of, tmp_path / "flat")
 
 
-@pytest.mark.parametrize("name", ["x.parquet", "x.tar.gz", "x.tgz", "x.zip", "ILSVRC2012_img_train.tar"])
+@pytest.mark.parametrize("name", ["x.parquet", "ILSVRC2012_img_train.tar"])
 def test_what_prepare_is_for(tmp_path: Path, name: str):
-    """Archives without random access and the official ones are refused with the command that unpacks them."""
+    """Files without random access and the official archives are refused with the command that unpacks them."""
     message = one_line(index_of, make_files(tmp_path, name) / name)
     assert "no random access" in message
     assert f"imagenet-swa prepare {tmp_path / name}" in message
     assert "set data.train to" in message
+
+
+@pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.zip"])
+def test_compressed_archives(tmp_path: Path, name: str):
+    """What is compressed has to be unpacked, which prepare does not do."""
+    message = one_line(index_of, make_files(tmp_path, name) / name)
+    assert f"{tmp_path / name} is compressed" in message
+    assert "unpack it first" in message
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_train", "ILSVRC2012_img_val.tar", "x.tar", "x.zip", "x.parquet"])
+def test_a_folder_of_an_archives_name_is_a_folder(tmp_path: Path, name: str):
+    """Class folders may lie in a folder of any name."""
+    assert contents_of(index_of(as_folder(tmp_path / name))) == WANTED
+
+
+def test_links_that_lead_back(tmp_path: Path):
+    """A link to a folder on its own way is not followed, nor two that lead to each other; other links are."""
+    root = Path(as_folder(tmp_path / "train").path)
+    (root / "ant" / "self").symlink_to(root / "ant")
+    (root / "ant" / "root").symlink_to(root)
+    (root / "bee" / "cats").symlink_to(root / "cat")
+    (root / "cat" / "bees").symlink_to(root / "bee")
+    names = {index.name(i) for index in [index_of(root)] for i in range(len(index))}
+    assert names - IMAGES.keys() == {"bee/cats/1.jpg", "bee/cats/deep/3.jpg", "cat/bees/1.jpg", "cat/bees/2.webp"}
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A link to itself and a folder without the right to read it are refused with the path, in a scan and a later look."""
+    root = Path(as_folder(tmp_path / "train").path)
+    index, state = scan(Source("train", str(root)), num_classes=3)
+    link = root / "ant" / "loop"
+    link.symlink_to(link)
+    assert f"cannot read {link}: too many levels of symbolic links" in one_line(index_of, root)
+    assert f"cannot read {link}: " in one_line(what_changed, index, state, Source("train", str(root)))
+    link.unlink()
+    (root / "loop").symlink_to(root / "loop")
+    assert f"cannot read {root / 'loop'}: " in one_line(index_of, root)
+    (root / "loop").unlink()
+    scandir = os.scandir
+
+    def denied(path: Any) -> Any:
+        if os.fsencode(path).endswith(b"/bee"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    message = one_line(index_of, root)
+    assert f"cannot read {root / 'bee'}: permission denied; give yourself the right to read it, or take it out" in message
 
 
 def test_a_folder_of_parquet_files_is_refused(tmp_path: Path):
@@ -302,6 +357,21 @@ def test_any_bytes_are_a_list_or_refused(tmp_path_factory: pytest.TempPathFactor
     else:
         assert 0 <= index.labels.min() <= index.labels.max() < 10
         assert all(Path(index.path(i)).exists() for i in range(len(index)))
+
+
+def test_a_list_with_a_byte_order_mark(tmp_path: Path):
+    """The mark that some editors write before UTF-8 is no part of the first path."""
+    make_files(tmp_path, "a.jpg")
+    assert index_list(write_list(tmp_path, b"\xef\xbb\xbfa.jpg 1\n"), tmp_path).name(0) == "a.jpg"
+
+
+def test_a_folder_in_a_list_is_refused(tmp_path: Path):
+    """A line that names a folder is refused when the list is indexed, even where files may be missing."""
+    make_files(tmp_path, "a.jpg", "deep/b.jpg")
+    file = write_list(tmp_path, b"a.jpg 1\ndeep 1\n")
+    for missing_ok in (False, True):
+        source = Source("train", str(tmp_path), str(file), missing_ok)
+        assert f"{file} names the folder {tmp_path / 'deep'}" in one_line(index_of, source)
 
 
 def test_list_that_names_missing_files_is_refused(tmp_path: Path):
@@ -486,7 +556,7 @@ def test_what_is_no_shard(tmp_path: Path):
             index_of, path
         )
     (tmp_path / "y.tar").mkdir()
-    assert f"cannot read the shard {tmp_path / 'y.tar'}" in one_line(index_of, tmp_path / "y.tar")
+    assert f"{tmp_path / 'y.tar'} has no sub-folders" in one_line(index_of, tmp_path / "y.tar")
     assert f"cannot read the shard {tmp_path / 'z.tar'}: no such file" in one_line(index_of, tmp_path / "z.tar")
     assert "no shards match" in one_line(index_of, tmp_path / "z-*.tar")
     assert "quote the pattern" in one_line(index_of, tmp_path / "z-*.tar")

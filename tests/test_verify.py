@@ -4,8 +4,13 @@ import hashlib
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +25,7 @@ from PIL import Image
 from imagenet_swa.config import Config, DataConfig, InputError, ModelConfig
 from imagenet_swa.data import imagenet
 from imagenet_swa.data.encoded import FORMATS
-from imagenet_swa.data.findings import KINDS, UNDECODABLE, VerifyResult
+from imagenet_swa.data.findings import KINDS, UNDECODABLE, VerifyResult, tell
 from imagenet_swa.data.index import ImageIndex, make_index
 from imagenet_swa.data.index_cache import build_index, read_quarantine
 from imagenet_swa.data.sources import Source, scan
@@ -326,13 +331,13 @@ def test_a_link_to_nothing(tmp_path: Path):
 
 
 def test_what_cannot_be_read_is_no_case_for_quarantine(tmp_path: Path):
-    """A folder in place of an image, as a missing right or a bad disk, is an error whose remedy is not to leave images out."""
+    """A link to itself, as a missing right or a bad disk, is an error whose remedy is not to leave images out."""
     train = write(tmp_path / "train", {"a.jpg": GOOD})
-    (train / "b.jpg").mkdir()
+    (train / "b.jpg").symlink_to(train / "b.jpg")
     (tmp_path / "list.txt").write_text("a.jpg 0\nb.jpg 0\n")
     result = look(config_of(train, one_good(tmp_path), train_list=str(tmp_path / "list.txt")), tmp_path / "out")
     assert kinds_of(result, "train") == {"b.jpg": {"unreadable"}}
-    assert "is a directory" in result.findings["train", "unreadable"].examples[0][1]
+    assert "symbolic links" in result.findings["train", "unreadable"].examples[0][1]
     assert not result.healthy
     assert result.quarantine == []
 
@@ -397,19 +402,33 @@ def test_copies_are_found(tmp_path_factory: pytest.TempPathFactory, full: bool, 
         repeated = {f"ant/{i}.jpg" for i, digest in enumerate(found) if digest in found[:i]}
         assert {name for name, kinds in kinds_of(result, split).items() if "duplicates" in kinds} == repeated
     leaked = {f"ant/{i}.jpg" for i, digest in enumerate(hashes["val"]) if digest in hashes["train"]}
-    assert set(kinds_of(result, "train and val")) == leaked
+    assert set(kinds_of(result, "train and val")) - {str(root / "val"), str(root / "train")} == leaked
+    assert result.count("mostly_leaked") == (len(leaked) > len(val) / 2)
     assert result.count("leak") == len(leaked)
 
 
 def test_copies_alone_do_not_fail(tmp_path: Path):
     """A leak is a warning and a copy a note: training does not stumble over either; missing and empty files are no copies."""
     train = write(tmp_path / "train", {"ant/a.jpg": GOOD, "ant/b.jpg": GOOD})
-    val = write(tmp_path / "val", {"ant/c.jpg": GOOD})
+    val = write(tmp_path / "val", {"ant/c.jpg": GOOD, "ant/d.jpg": FILES["grey.jpg"][0]})
     result = look(config_of(train, val), tmp_path / "out")
     assert result.healthy
     assert (result.count("duplicates"), result.count("leak")) == (1, 1)
     write(train, {"ant/a.jpg": b"", "ant/b.jpg": b""})
     assert look(config_of(train, val), tmp_path / "out").count("duplicates") == 0
+
+
+@pytest.mark.parametrize(("num_shared", "healthy"), [(2, True), (3, False)])
+def test_a_validation_set_that_is_mostly_train_is_an_error(tmp_path: Path, num_shared: int, healthy: bool):
+    """Where more than half of val is in train too, accuracies mean nothing, and the result is not healthy."""
+    own = {f"ant/{i}.jpg": encoded(pixels(40, 40, seed=i)) for i in range(4)}
+    others = {f"ant/{i}.jpg": encoded(pixels(40, 40, seed=10 + i)) for i in range(num_shared, 4)}
+    train, val = write(tmp_path / "train", own | others), write(tmp_path / "val", own)
+    result, lines = look(config_of(train, val), tmp_path / "out"), list[str]()
+    assert result.healthy is healthy
+    tell(result, tmp_path / "out", lines.append)
+    told = any(f"{val} has {num_shared} of its 4 images in train too; set data.val" in line for line in lines)
+    assert told is not healthy
 
 
 def test_copies_with_two_labels(tmp_path: Path):
@@ -522,6 +541,29 @@ def test_with_its_own_quarantine_nothing_is_wrong(tmp_path: Path):
     assert result.count("needless_quarantine") == 0
 
 
+def test_members_of_one_name_in_several_shards(tmp_path: Path):
+    """Of members with one name in several shards only the bad ones are listed, left out, and known when listed again."""
+    contents = [GOOD, b"no image", FILES["grey.jpg"][0], b""]
+    for number, content in enumerate(contents):
+        (tmp_path / "shards").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / f"shards/s-{number}.tar", "w") as tar:
+            for name, data in (("0.jpg", content), ("0.cls", b"0")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    config = config_of(tmp_path / "shards", one_good(tmp_path))
+    result = look(config, tmp_path / "out")
+    assert [name for _, name, _ in result.quarantine] == ["s-1.tar:0.jpg", "s-3.tar:0.jpg"]
+    assert result.count("listed_twice") == 0
+    index, _ = scan(Source("train", str(tmp_path / "shards")), num_classes=1)
+    rest = index.without(read_quarantine(tmp_path / "out/quarantine.tsv", "train"))
+    assert [rest.read(i) for i in range(len(rest))] == [contents[0], contents[2]]
+    data = replace(config.data, quarantine=tmp_path / "out/quarantine.tsv")
+    again = look(replace(config, data=data), tmp_path / "again")
+    assert again.healthy
+    assert (again.count("quarantined"), again.count("needless_quarantine")) == (2, 0)
+
+
 def test_needless_quarantine(tmp_path: Path):
     """Images that the quarantine list leaves out though they are good or not there are noted."""
     train = write(tmp_path / "train", {"ant/a.jpg": GOOD, "ant/b.jpg": FILES["turned.jpg"][0]})
@@ -533,15 +575,19 @@ def test_needless_quarantine(tmp_path: Path):
 
 
 def test_names_of_any_bytes(tmp_path: Path):
-    """Bad images with names that are not UTF-8 are listed by their bytes; one with a tab is an error of its own."""
+    """Bad images with any names are listed, ones that are not UTF-8 by their bytes, and the list leaves them all out."""
     folder = os.fsencode(tmp_path / "train" / "ant")
     (tmp_path / "train" / "ant").mkdir(parents=True)
     for name in (b"\xff\xfe.jpg", b"tab\there.jpg", "été.jpg".encode()):
         with open(folder + b"/" + name, "wb"):  # noqa: PTH123 - a path of bytes
             pass
     result = look(config_of(tmp_path / "train", one_good(tmp_path)), tmp_path / "out")
-    assert read_quarantine(tmp_path / "out" / "quarantine.tsv", "train") == ["ant/été.jpg".encode(), b"ant/\xff\xfe.jpg"]
-    assert result.count("not_listable") == 1
+    listed = read_quarantine(tmp_path / "out" / "quarantine.tsv", "train")
+    assert listed == [b"ant/tab%09here.jpg", "ant/été.jpg".encode(), b"ant/\xff\xfe.jpg"]
+    config = config_of(tmp_path / "train", one_good(tmp_path), quarantine=tmp_path / "out" / "quarantine.tsv")
+    assert look(config, tmp_path / "again").count("quarantined") == 3
+    index, _ = scan(Source("train", str(tmp_path / "train")), num_classes=1)
+    assert len(index.without(listed)) == 0
     assert result.count("empty") == 3
     json.loads((tmp_path / "out" / "verify.json").read_text())
 
@@ -566,6 +612,62 @@ def test_a_worker_that_dies():
         list(mapping(function, tasks))
 
 
+def test_one_split_alone(tmp_path: Path):
+    """A split that is not named is not looked at, and not missed."""
+    write(tmp_path / "data", {"ant/a.jpg": GOOD, "ant/b.jpg": b""})
+    for split in ("train", "val"):
+        data = DataConfig(**{split: str(tmp_path / "data")})  # pyright: ignore[reportArgumentType]
+        result = look(Config(data=data, model=ModelConfig(num_classes=1)), tmp_path / "out")
+        assert list(result.summaries) == [split]
+        assert {finding.split for finding in result.findings.values()} == {split}
+        assert [entry[:2] for entry in result.quarantine] == [(split, "ant/b.jpg")]
+
+
+def test_a_statement_about_a_split_has_no_count(tmp_path: Path):
+    """What is said of a split as a whole is said without a number of cases; small data are told in MB."""
+    result = VerifyResult(full=False)
+    result.add("train", "subset", "p/train", "154 images of 1,281,167")
+    result.add("train", "grey", "a.jpg")
+    result.summaries["train"] = {"images": 154, "classes": 3, "bytes": 12_345_678}
+    lines: list[str] = []
+    tell(result, tmp_path, lines.append)
+    assert lines[0] == "train: 154 images, 3 classes, 12.3 MB"
+    assert "[note] train: not the whole of ImageNet-1k: p/train 154 images of 1,281,167" in lines
+    assert "[note] train: grey images: 1, the first is a.jpg" in lines
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from imagenet_swa.config import Config, DataConfig, ModelConfig
+from imagenet_swa.data.verify import VerifySettings, verify
+
+def killed(items, number, what):
+    for item in items:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    config = Config(data=DataConfig(train="{train}"), model=ModelConfig(num_classes=1))
+    verify(config, VerifySettings(output=Path("{output}"), num_workers=2), track=lambda items, number, what: (
+        killed(items, number, what) if "hundreds" in what else items))
+"""
+
+
+def test_workers_end_with_a_killed_command(tmp_path: Path):
+    """After kill -9 of the command no process of its session is left."""
+    train = write(tmp_path / "train", {"ant/a.jpg": GOOD})
+    script = tmp_path / "script.py"
+    script.write_text(KILLED.format(train=train, output=tmp_path / "out"))
+    process = subprocess.Popen([sys.executable, script], start_new_session=True)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):
+        while True:
+            os.killpg(process.pid, 0 if time.monotonic() < deadline else signal.SIGKILL)
+            assert time.monotonic() < deadline, "workers outlived the process that started them"
+            time.sleep(0.1)
+
+
 def test_what_is_written_and_said(tmp_path: Path):
     """The JSON has every finding with its count and names, the report and the terminal a line for each, errors first."""
     data, lines = as_folder(tmp_path / "train"), []
@@ -588,7 +690,7 @@ def test_made_up_images_and_nothing_at_all_are_refused(tmp_path: Path):
     """Without data there is nothing to verify, and a folder that cannot be made is named."""
     for data, words in (
         (DataConfig(synthetic=True), "data.synthetic is set"),
-        (DataConfig(), "data.train is not set: pass --data.train FOLDER"),
+        (DataConfig(), "^no images to verify: set data.train, data.val, or both$"),
     ):
         with pytest.raises(InputError, match=words):
             look(Config(data=data), tmp_path / "out")

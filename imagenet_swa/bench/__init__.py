@@ -5,8 +5,8 @@ to the reference within a round, since neighbours on a machine bend a rate and l
 """
 
 import os
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ from imagenet_swa.models import IMAGENET_MEAN, IMAGENET_STD
 from imagenet_swa.runtime import Runtime, environment_record, num_cpus, start_runtime
 
 MODES: tuple[Mode, ...] = ("train", "evaluation")
-PACKAGES = ("spdl_io", "webdataset", "ffcv", "opencv-python", "opencv-python-headless", "numba", "pillow-simd", "psutil")
+PACKAGES = ("spdl_io", "webdataset", "ffcv", "opencv-python", "opencv-python-headless", "numba", "pillow-simd")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ def bench_loader(config: Config, settings: BenchSettings, variants: Mapping[str,
     runtime = start_runtime(config)
     require(runtime.world_size == 1, f"bench measures one process, got {runtime.world_size}; start it without a launcher")
     indices = build_indices(config)
-    settings.output.mkdir(parents=True, exist_ok=True)
+    folder = _empty_folder(settings.output)
     blocks: list[Block] = []
     absent: list[dict[str, str]] = []
 
@@ -213,17 +213,16 @@ def bench_loader(config: Config, settings: BenchSettings, variants: Mapping[str,
             f"round {block.round} of {settings.rounds}, {block.mode}, {block.candidate}: {images_per_second(block):.0f} images/s"
         )
 
-    with tempfile.TemporaryDirectory(prefix="files-", dir=settings.output) as folder:
-        bench = _Bench(config=config, settings=settings, runtime=runtime, folder=Path(folder), fail=fail)
+    try:
+        bench = _Bench(config=config, settings=settings, runtime=runtime, folder=folder, fail=fail)
         candidates = bench.ours("ours", config, indices) if bench.wanted("ours") else []
         for text, variant in variants.items():
             candidates += bench.variant(f"ours[{text}]", variant)
         for mode in bench.modes:
             candidates += bench.alternatives(mode, indices[MODES.index(mode)])
         interrupted = False
-        _say(
-            f"rehearsal, then {settings.rounds} rounds of {len(candidates)} blocks of {bench.num_timed * bench.batch_size} images"
-        )
+        per_round = f"blocks of {bench.num_timed * bench.batch_size} images in each: {len(candidates)}"
+        _say(f"rounds after the rehearsal: {settings.rounds}; {per_round}")
         try:
             measure(
                 candidates,
@@ -234,6 +233,8 @@ def bench_loader(config: Config, settings: BenchSettings, variants: Mapping[str,
             )
         except KeyboardInterrupt:
             interrupted = True
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     outputs = {candidate.name: candidate.output for candidate in candidates}
     result = {
         "interrupted": interrupted,
@@ -253,6 +254,17 @@ def bench_loader(config: Config, settings: BenchSettings, variants: Mapping[str,
     }
     write_results(result, settings.output)
     return result
+
+
+def _empty_folder(output: Path) -> Path:
+    """For what some loaders have to write first. Its name is fixed, so that a run removes what a killed one left."""
+    folder = output / "files-of-loaders"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}; set bench.output to another") from None
+    return folder
 
 
 def _environment(runtime: Runtime, config: Config) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from imagenet_swa.report import markdown_table
 
+MAX_LABEL = 40  # letters of a loader's name in the chart
 MODES = ("train", "evaluation")
 COLUMNS = ("mode", "loader", "output", "images/s", "ratio", "min - max", "images/CPU-s", "CPU ratio", "min - max (CPU)")
 
@@ -117,6 +118,13 @@ def _markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _tick_label(row: dict[str, Any]) -> str:
+    """Start and end of a long name, which would leave no room for bars."""
+    name = row["candidate"]
+    short = name if len(name) <= MAX_LABEL else f"{name[: MAX_LABEL - 18]}...{name[-15:]}"
+    return f"{short} ({row['output']})"
+
+
 def plot_ratios(record: dict[str, Any], path: Path) -> None:
     """A panel per mode: each loader's ratio to the reference in wall time and in CPU time, whiskers from min to max."""
     import matplotlib
@@ -136,7 +144,7 @@ def plot_ratios(record: dict[str, Any], path: Path) -> None:
             whiskers = [[r["median"] - r["min"] for r in ratios], [r["max"] - r["median"] for r in ratios]]
             places = [i + shift for i in range(len(shown))]
             axis.barh(places, centres, height=0.38, xerr=whiskers, capsize=2, label=label)
-        axis.set_yticks(range(len(shown)), [f"{row['candidate']} ({row['output']})" for row in shown])
+        axis.set_yticks(range(len(shown)), [_tick_label(row) for row in shown])
         axis.axvline(1, color="k", linewidth=0.8, linestyle=":")
         axis.set_title(mode)
         axis.grid(axis="x", alpha=0.3)

@@ -56,8 +56,8 @@ class BadImageError(InputError):
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(
-            f"cannot decode the image {path}: {reason}; repair it, take it out of the folder or list, put it into "
-            "data.quarantine (imagenet-swa verify finds them all), or set data.on_bad_image to skip"
+            f"cannot decode the image {path}: {reason}; set data.on_bad_image to skip to go on without it, or repair it; for a "
+            "new run, take it out or put it into data.quarantine (imagenet-swa verify finds all such images)"
         )
 
 
@@ -82,8 +82,10 @@ class BadImages:
         *,
         split: str = "",
         log: Path | None = None,
+        min_good: int = 2,
     ) -> None:
         self._index, self._policy, self._limit, self._split, self._log = index, policy, limit, split, log
+        self._min_good = min_good  # BatchNorm cannot do with one
         self._named: set[int] = set()
         self._in_pass: set[int] = set()
 
@@ -92,7 +94,7 @@ class BadImages:
         self._in_pass = set()
 
     def leave_out(self, reasons: Mapping[int, str], *, num_good: int | None = None) -> None:
-        """Take note of the bad images of a batch; `num_good` of the batch are left for BatchNorm, None where it is not at work.
+        """Take note of the bad images of a batch; `num_good` of it are left to train on, None in evaluation.
 
         Raises:
             BadImageError: the policy is to stop.
@@ -111,7 +113,7 @@ class BadImages:
                     "than data.max_bad_images; look at the data with `imagenet-swa verify`"
                 )
 
-        if reasons and num_good is not None and num_good < 2:
+        if reasons and num_good is not None and num_good < self._min_good:
             raise TooManyBadImagesError(
                 f"{num_good} of {num_good + len(reasons)} images of a batch can be decoded, too few to train on; the last that "
                 f"cannot is {self._index.path(list(reasons)[-1])}; look at the data with `imagenet-swa verify`"
@@ -121,8 +123,11 @@ class BadImages:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"imagenet-swa: left out{rank}: {self._index.path(i)}: {reason}", file=sys.stderr, flush=True)
         if self._log is not None and self._log.parent.is_dir():
-            with self._log.open("a", errors="surrogateescape") as file:
-                file.write(f"{self._split}\t{self._index.name(i)}\t{reason}\n")
+            line = f"{self._split}\t{self._index.listed_name(i)}\t{reason}\n"
+            with self._log.open("a+", errors="surrogateescape") as file:
+                file.seek(0)
+                if line not in file.readlines():  # of an interrupted run
+                    file.write(line)
 
 
 def labels_on(device: torch.device, labels: NDArray[np.int64]) -> torch.Tensor:

@@ -11,6 +11,8 @@ from imagenet_swa.data.encoded import EncodedBatch
 from imagenet_swa.data.restart import take_segments
 from imagenet_swa.data.sampling import Indices, central_crops, crop_windows, draw_crops, regions_under_crops
 
+MAX_RESIZED_SIDE = 2**24  # pixels; beyond, the longer side of a resized image fits no decoder
+TOO_THIN = "too long and thin to be resized"
 _FILTER_RADIUS = {"bilinear": 1.0, "bicubic": 2.0}
 
 
@@ -86,6 +88,8 @@ def evaluation_crops(found: EncodedBatch, preprocessing: Preprocessing) -> Encod
     p, n = preprocessing, len(found.indices)
     sizes = np.stack([found.heights, found.widths], axis=1)
     resized, offsets = central_crops(found.heights, found.widths, resize=p.resize, image_size=p.image_size)
+    if (too_thin := (resized >= MAX_RESIZED_SIDE).any(axis=1)).any():
+        return evaluation_crops(found.without({int(i): TOO_THIN for i in found.indices[too_thin]}), p)
     radius = _FILTER_RADIUS[p.interpolation]
     windows = regions_under_crops(sizes, resized, offsets, image_size=p.image_size, filter_radius=radius)
     return EncodedCrops(

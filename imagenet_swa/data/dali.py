@@ -8,49 +8,22 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import nvidia.dali as dali
 import torch
-from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
 
 from imagenet_swa.config import Preprocessing
 from imagenet_swa.data.batch import BadImages, Batch, labels_on
 from imagenet_swa.data.buffers import Buffers, keep_freed_memory
 from imagenet_swa.data.crops import EncodedCrops, evaluation_crops, training_crops
+from imagenet_swa.data.dali_pipeline import Mode, PipelineMaker
 from imagenet_swa.data.encoded import EncodedImages, why_undecodable
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.resize import PixelAddresses, resize_in_threads
 from imagenet_swa.data.sampling import Indices
 from imagenet_swa.data.streams import ahead, in_background, until_exit
-
-Mode = Literal["train", "evaluation"]
-# DALI makes its operators and types while it is imported, where a type checker cannot see them.
-fn: Any = dali.fn
-types: Any = dali.types
-
-_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
-# What the source feeds per image: number of dimensions and type.
-_FIELDS = {
-    "encoded": (1, types.UINT8),
-    "start": (1, types.INT32),
-    "shape": (1, types.INT32),
-    "flip": (0, types.INT32),
-    "roi_start": (1, types.FLOAT),
-    "roi_end": (1, types.FLOAT),
-}
-# What it feeds of a batch that has no image, since DALI takes no empty one: a pixel that nobody looks at.
-_PLACEHOLDER = {
-    "encoded": np.frombuffer(b"P6\n1 1\n255\n\0\0\0", np.uint8),
-    "start": np.zeros(2, np.int32),
-    "shape": np.ones(2, np.int32),
-    "flip": np.zeros((), np.int32),
-    "roi_start": np.zeros(2, np.float32),
-    "roi_end": np.ones(2, np.float32),
-}
-
 
 _Pixels = Generator[tuple[torch.Tensor, EncodedCrops], None, None]
 
@@ -76,11 +49,19 @@ class DaliLoader:
         self._preprocessing = preprocessing
         self._seed = seed
         self._device = device
-        self._decode_on_gpu = decode_on_gpu
         self._num_threads = max(1, num_threads)
         self._prefetch = prefetch
-        self._compiled = compiled_resize and not decode_on_gpu
-        self.decoder = f"DALI on the {'GPU' if decode_on_gpu else 'CPU'}" + (", compiled resize" if self._compiled else "")
+        self._pipelines = PipelineMaker(
+            preprocessing=preprocessing,
+            device=device,
+            decode_on_gpu=decode_on_gpu,
+            compiled=compiled_resize and not decode_on_gpu,
+            num_threads=self._num_threads,
+            prefetch=prefetch,
+        )
+        self.decoder = f"DALI on the {'GPU' if decode_on_gpu else 'CPU'}" + (
+            ", compiled resize" if self._pipelines.compiled else ""
+        )
         self._channels_last = channels_last
         self._bad_images = bad_images or BadImages(index)
         keep_freed_memory()
@@ -116,15 +97,12 @@ class DaliLoader:
     def _prepare(self, mode: Mode, encoded: EncodedImages, indices: Indices, epoch: int) -> EncodedCrops:
         """Read the images of a batch and work out what is to be decoded of them."""
         found = encoded.read_batch(indices)
+        parts = self._pipelines.takes_windows(mode) and not self._pipelines.decode_on_gpu
         if mode == "train":
             crops = training_crops(found, self._preprocessing, seed=self._seed, epoch=epoch)
         else:
             crops = evaluation_crops(found, self._preprocessing)
-        return crops.with_segments(lambda size: self._files.take((size,), np.uint8)) if self._takes_windows(mode) else crops
-
-    def _takes_windows(self, mode: Mode) -> bool:
-        """Whether the pipeline decodes a window of an image; DALI's own resize of a whole image wants all of it."""
-        return self._compiled or (mode == "train" and not self._decode_on_gpu)
+        return crops.with_segments(lambda size: self._files.take((size,), np.uint8)) if parts else crops
 
     def _outputs(self, mode: Mode, prepared: Iterator[EncodedCrops], batch_size: int) -> Iterator[tuple[Any, EncodedCrops]]:
         """What the pipeline makes of each batch, until the next one is asked for; of images that fail, nothing.
@@ -135,68 +113,78 @@ class DaliLoader:
         in_flight: deque[EncodedCrops] = deque()  # fed to the pipeline, not yet returned by it, oldest first
         fed: deque[Any] = deque(maxlen=self._prefetch + 4)  # memory that DALI reads while they are in flight
         again: deque[EncodedCrops] = deque()
+        faults: list[BaseException] = []  # of the preparation, not of an image
 
         def source() -> Iterator[tuple[Any, ...]]:
             while True:
-                batch = again.popleft() if again else next(prepared, None)
+                try:
+                    batch = again.popleft() if again else next(prepared, None)
+                except BaseException as error:
+                    faults.append(error)
+                    raise
                 if batch is None:
                     return
                 in_flight.append(batch)
-                fed.append(self._fields(mode, batch))
+                fed.append(self._pipelines.fields(mode, batch))
                 yield fed[-1]
 
         # On a GPU, DALI's output and its copy belong to torch's stream: each waits for the other there, not on the host.
-        stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
-        pipeline = self._build(mode, source(), batch_size)
+        stream = torch.cuda.current_stream(self._device) if self._pipelines.on_gpu and not self._pipelines.compiled else None
+        pipeline = self._pipelines.build(mode, source(), batch_size)
         while True:
             try:
                 (pixels,) = pipeline.run(stream)
             except StopIteration:
                 return
-            except (RuntimeError, OSError):
+            except (RuntimeError, OSError) as error:
+                if faults:
+                    raise faults[0] from None
                 bad = self._undecodable(mode, in_flight)
                 if not bad:
-                    raise
+                    raise error
                 again.extendleft(reversed([batch.without(bad) for batch in in_flight]))
                 in_flight.clear()
-                pipeline = self._build(mode, source(), batch_size)
+                pipeline = self._pipelines.build(mode, source(), batch_size)
                 continue
             yield pixels, in_flight[0]
             in_flight.popleft()
 
     def _undecodable(self, mode: Mode, in_flight: Iterable[EncodedCrops]) -> dict[int, str]:
-        """Numbers of the images that fail when they are alone in a pipeline, and why.
-
-        None where all do, some of which Pillow decodes: then the fault is not theirs.
+        """Numbers of the images that fail when they are alone in a pipeline, and why; none where a sound picture fails too,
+        since then the fault is not theirs.
         """
-        bad, num_images, num_sound = {}, 0, 0
-        for batch in in_flight:
-            for position, i in enumerate(batch.indices):
-                num_images += 1
-                try:
-                    self._build(mode, iter([self._fields(mode, batch.at([position], {}))]), 1).run()
-                except (RuntimeError, OSError) as error:
-                    reason = why_undecodable(batch.images[position].tobytes())
-                    num_sound += reason is None
-                    bad[int(i)] = reason or f"damaged or cut short (DALI: {_told(error)})"
-        return {} if num_sound > 1 and len(bad) == num_images else bad
+        bad: dict[int, str] = {}
+        waiting = deque(batch.at([position], {}) for batch in in_flight for position in range(len(batch)))
+        while waiting:
+            pipeline = self._pipelines.build(mode, iter([self._pipelines.fields(mode, one) for one in waiting]), 1, prefetch=1)
+            try:
+                while waiting:
+                    pipeline.run()
+                    waiting.popleft()
+            except (RuntimeError, OSError):
+                suspect = waiting.popleft()
+                if (told := self._pipelines.error_of(mode, self._pipelines.fields(mode, suspect))) is not None:
+                    reason = why_undecodable(suspect.images[0].tobytes())
+                    bad[int(suspect.indices[0])] = reason or f"DALI cannot decode it, although Pillow can: {told}"
+        nothing = self._pipelines.fields(mode, next(iter(in_flight)).at([], {})) if bad else ()
+        return {} if bad and self._pipelines.error_of(mode, nothing) is not None else bad
 
     # ------------------------------------------------------------------------------------------- pixels of a batch
 
     def _pixels(self, mode: Mode, prepared: Iterator[EncodedCrops], batch_size: int) -> _Pixels:
         """What `_finish` takes, (n, H, W, 3), of each batch; resized by us in a thread ahead of the one that trains."""
         outputs = self._outputs(mode, prepared, batch_size)
-        if self._compiled:
+        if self._pipelines.compiled:
             return in_background(self._resized_on_host(mode, outputs), self._prefetch)
         return self._pixels_from_pipeline(outputs)
 
     def _pixels_from_pipeline(self, outputs: Iterator[tuple[Any, EncodedCrops]]) -> _Pixels:
         """Copies of DALI's normalised output (n, H, W, 3), whose memory the next run overwrites."""
-        stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
+        stream = torch.cuda.current_stream(self._device) if self._pipelines.on_gpu else None
         size = self._preprocessing.image_size
         for output, batch in outputs:
             shape = (len(batch), size, size, 3)
-            if self._on_gpu:
+            if self._pipelines.on_gpu:
                 copy = torch.empty(shape, dtype=torch.float32, device=self._device)
             else:
                 copy = torch.from_numpy(self._buffers.take(shape, np.float32))
@@ -211,11 +199,11 @@ class DaliLoader:
         p = self._preprocessing
         size = p.image_size
         interpolation = p.train_interpolation if mode == "train" else p.interpolation
-        normalise = {} if self._on_gpu else {"scale": self._scale, "bias": self._bias}
+        normalise = {} if self._pipelines.on_gpu else {"scale": self._scale, "bias": self._bias}
         with ThreadPoolExecutor(self._num_threads, "resize") as pool:
             for output, batch in outputs:
                 shape = (len(batch), size, size, 3)
-                if self._on_gpu:
+                if self._pipelines.on_gpu:
                     result = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
                 else:
                     result = torch.from_numpy(self._buffers.take(shape, np.float32))
@@ -240,104 +228,12 @@ class DaliLoader:
         images = images.permute(0, 3, 1, 2)
         return images if self._channels_last else images.contiguous()
 
-    # ------------------------------------------------------------------------------------------------ the pipeline
-
-    @property
-    def _on_gpu(self) -> bool:
-        return self._device.type == "cuda"
-
-    def _fields(self, mode: Mode, batch: EncodedCrops) -> tuple[Any, ...]:
-        """The batch as the pipeline takes it, in the order of `_field_names`."""
-        if not len(batch):
-            return tuple([_PLACEHOLDER[name]] for name in self._field_names(mode))
-        names, scale, size = self._field_names(mode), batch.sizes / batch.resized, self._preprocessing.image_size
-        fields: dict[str, Any] = {
-            "encoded": batch.images,
-            "start": batch.windows[:, :2].astype(np.int32),
-            "shape": batch.windows[:, 2:].astype(np.int32),
-            "flip": batch.flips.astype(np.int32),
-            "roi_start": (batch.offsets * scale).astype(np.float32),
-            "roi_end": ((batch.offsets + size) * scale).astype(np.float32),
-        }
-        # Views, whose memory DALI reads later: the tuple keeps it alive.
-        return tuple(
-            [fields[name][k] if name == "encoded" else fields[name][k, ...] for k in range(len(batch))] for name in names
-        )
-
-    def _field_names(self, mode: Mode) -> tuple[str, ...]:
-        if self._compiled:
-            return ("encoded", "start", "shape")
-        return ("encoded", "start", "shape", "flip") if mode == "train" else ("encoded", "roi_start", "roi_end")
-
-    def _build(self, mode: Mode, source: Iterator[tuple[Any, ...]], batch_size: int) -> Pipeline:
-        names = self._field_names(mode)
-        pipeline = Pipeline(
-            batch_size=batch_size,
-            num_threads=self._num_threads,
-            device_id=(self._device.index or 0) if self._on_gpu and not self._compiled else None,
-            prefetch_queue_depth=self._prefetch,
-        )
-        with pipeline:
-            fed = fn.external_source(
-                source=source,
-                num_outputs=len(names),
-                batch=True,
-                no_copy=not self._decode_on_gpu,  # on the CPU nobody reads the bytes after the batch was returned
-                ndim=[_FIELDS[name][0] for name in names],
-                dtype=[_FIELDS[name][1] for name in names],
-            )
-            inputs = dict(zip(names, fed, strict=True))
-            images = self._decoded(inputs)
-            pipeline.set_outputs(images if self._compiled else self._resized_and_normalised(mode, images, inputs))
-        pipeline.build()
-        return pipeline
-
-    def _decoded(self, inputs: dict[str, Any]) -> Any:
-        """uint8 (h, w, 3): what lies under the window, or the whole image where DALI's resize is to crop it."""
-        options = {
-            "device": "mixed" if self._decode_on_gpu else "cpu",
-            "output_type": types.RGB,
-            # ImageFolder does not turn images by their EXIF tag, so nothing here may.
-            "adjust_orientation": False,
-            # nvJPEG's smooth chroma upsampling, as libjpeg (and so PIL) does it; the CPU decoder always does.
-            "jpeg_fancy_upsampling": True,
-        }
-        if "start" not in inputs:
-            return fn.decoders.image(inputs["encoded"], **options)
-        return fn.decoders.image_slice(inputs["encoded"], start=inputs["start"], shape=inputs["shape"], axes=[0, 1], **options)
-
-    def _resized_and_normalised(self, mode: Mode, images: Any, inputs: dict[str, Any]) -> Any:
-        """DALI's own resize; in evaluation resize and central crop as one resize of the region that the crop comes from."""
-        p, is_training = self._preprocessing, mode == "train"
-        region = {} if is_training else {"roi_start": inputs["roi_start"], "roi_end": inputs["roi_end"]}
-        images = fn.resize(
-            images,
-            size=[p.image_size, p.image_size],
-            interp_type=_FILTERS[p.train_interpolation if is_training else p.interpolation],
-            antialias=True,
-            **region,
-        )
-        images = fn.crop_mirror_normalize(
-            images,
-            mirror=inputs["flip"] if is_training else 0,
-            mean=[255 * m for m in p.mean],
-            std=[255 * s for s in p.std],
-            dtype=types.FLOAT,
-            output_layout="HWC",
-        )
-        return images.gpu() if self._on_gpu else images
-
 
 def _addresses(output: Any, batch: EncodedCrops) -> PixelAddresses:
     """Where the pictures lie of which DALI decoded windows: a picture's first pixel may be before the window's."""
     shapes = np.array(output.shape(), np.int64).reshape(-1, 3)
     strides = 3 * shapes[:, 1]
+    assert (shapes[: len(batch), :2] == batch.windows[:, 2:]).all(), "DALI decoded other windows than were asked for"
     first = np.array([output[k].data_ptr() for k in range(len(batch))], np.int64)
     before = batch.origins[:, 0] * strides + 3 * batch.origins[:, 1]
     return PixelAddresses(addresses=(first - before).astype(np.uint64), sizes=batch.sizes, strides=strides)
-
-
-def _told(error: Exception) -> str:
-    """What DALI's many lines say of the reason."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[lines.index("encountered:") + 1] if "encountered:" in lines[:-1] else lines[0])[:120]

@@ -20,7 +20,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")  # what all loaders read
 _END_OF_IMAGE = b"\xff\xd9"
 PNG_END = b"IEND\xaeB`\x82"
 NO_END = "cut short: its end is missing"
-_TIFF_STARTS = (b"II*\x00", b"MM\x00*")
+TURNED_TIFF = "a TIFF that asks to be turned, which decoders do each in their way; save it upright"
+_TIFF_STARTS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # the last two of files that may exceed 4 GB
+_ORIENTATION = 0x0112
 _MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**60)  # Pillow refuses more, as do all loaders
 _TAIL = 1024  # bytes at the end of a JPEG in which its end is looked for
 _IMAGES_PER_TASK = 8
@@ -46,6 +48,12 @@ class EncodedBatch:
     heights: NDArray[np.int64]
     widths: NDArray[np.int64]
     bad: dict[int, str]
+
+    def without(self, bad: dict[int, str]) -> "EncodedBatch":
+        """The batch less these images, which it notes."""
+        kept = [k for k, i in enumerate(self.indices) if int(i) not in bad]
+        images = [self.images[k] for k in kept]
+        return EncodedBatch(self.indices[kept], images, self.heights[kept], self.widths[kept], self.bad | bad)
 
 
 class EncodedImages:
@@ -136,14 +144,23 @@ def _examine(data: bytes, *, is_jpeg: bool) -> tuple[int, int] | str:
         return image.height, image.width
 
 
+def why_ambiguous(image: Image.Image, data: bytes) -> str | None:
+    """Why Pillow and DALI would not show the same picture of an image that Pillow opened; None if they would."""
+    if image.format == "PNG" and PNG_END not in data:  # Pillow would decode it, DALI does not
+        return NO_END
+    if image.format == "TIFF" and image.getexif().get(_ORIENTATION, 1) != 1:
+        return TURNED_TIFF
+    return None
+
+
 def why_undecodable(data: bytes, *, whole: bool = True) -> str | None:
     """Why Pillow cannot open an image, or with `whole` cannot decode it to its end; None if it can."""
     if not data:
         return "the file is empty"
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.format == "PNG" and PNG_END not in data:  # Pillow would decode it, DALI does not
-                return NO_END
+            if (reason := why_ambiguous(image, data)) is not None:
+                return reason
             if whole:
                 image.load()
     except UnidentifiedImageError:

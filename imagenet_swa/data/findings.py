@@ -28,7 +28,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "undecodable": ("error", "images that cannot be decoded"),
     "unreadable": ("error", "images that cannot be read; mend the access or the disk"),
     "changed": ("error", "images that changed since they were indexed; build the index again"),
-    "not_listable": ("error", "bad images whose names, with a tab or a line break, cannot be put into a quarantine list"),
+    "mostly_leaked": ("error", "more than half of val is train"),
     "leak": ("warning", "the same file in train and val"),
     "duplicates": ("note", "the same file more than once in a split"),
     "listed_twice": ("note", "the same name more than once in a split"),
@@ -49,6 +49,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "trailing_bytes": ("note", "bytes after the end of the image, which all decoders ignore"),
     "no_end": ("note", "JPEGs without an end marker that decode all the same"),
 }
+OF_SPLITS = ("unusable", "stale_index", "classes", "mostly_leaked", "subset")  # about a split, not about so many images
 UNDECODABLE = ("empty", "missing", "cut_short", "not_an_image", "refused_format", "undecodable")  # these go into quarantine
 
 
@@ -163,11 +164,16 @@ def _markdown(result: VerifyResult) -> str:
 def tell(result: VerifyResult, folder: Path, say: Callable[[str], None]) -> None:
     """The same for the terminal, a line for each finding."""
     for split, about in result.summaries.items():
-        say(f"{split}: {about['images']:,} images, {about['classes']:,} classes, {about['bytes'] / 1e9:,.1f} GB")
+        amount = f"{about['bytes'] / 1e9:,.1f} GB" if about["bytes"] >= 1e9 else f"{about['bytes'] / 1e6:,.1f} MB"
+        say(f"{split}: {about['images']:,} images, {about['classes']:,} classes, {amount}")
     for finding in result.ordered():
         name, detail = finding.examples[0]
-        what = f"{KINDS[finding.kind][1]}: {finding.count:,}, the first is"
-        say(f"[{finding.severity}] {finding.split}: {what} {name} {detail}".rstrip())
+        where = (
+            f"{name} {detail}"
+            if finding.kind in OF_SPLITS and finding.count == 1
+            else f"{finding.count:,}, the first is {name} {detail}"
+        )
+        say(f"[{finding.severity}] {finding.split}: {KINDS[finding.kind][1]}: {where}".rstrip())
     say(f"report:     {folder / 'verify.md'}")
     if result.quarantine:
         say(f"quarantine: {folder / 'quarantine.tsv'}, {len(result.quarantine):,} images; --data.quarantine leaves them out")

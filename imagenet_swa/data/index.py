@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,7 @@ from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from imagenet_swa.config import InputError
@@ -67,6 +70,22 @@ class ImageIndex:
         path = self.location(index).path
         return path if self.shard_numbers is None else f"{path}:{self.name(index)}"
 
+    def listed_name(self, index: int) -> str:
+        """Image `index` in lists of bad images, which `without` takes: its name, or `shard:member` in an index where members'
+        names repeat; tabs and ends of lines are written as in addresses, %09, %0A and %0D.
+        """
+        return os.fsdecode(_UNLISTABLE.sub(lambda found: b"%%%02X" % ord(found[0]), self._unique_name(int(index))))
+
+    def _unique_name(self, index: int) -> bytes:
+        name = self.names[index].as_py()
+        if self.shard_numbers is None or not self._names_repeat:
+            return name
+        return os.fsencode(self.shards[self.shard_numbers[index]]) + b":" + name
+
+    @cached_property
+    def _names_repeat(self) -> bool:
+        return pc.count_distinct(self.names).as_py() < len(self)  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+
     def read(self, index: int) -> bytes:
         """The encoded image. Raises `storage.ReadError`."""
         path, offset, size = self.location(index)
@@ -83,12 +102,15 @@ class ImageIndex:
         return digest.hexdigest()
 
     def without(self, names: Iterable[bytes]) -> "ImageIndex":
-        """The same images in the same order, less those of these names."""
-        unwanted = set(names)
-        kept = np.flatnonzero([name not in unwanted for name in self.names.to_pylist()])
+        """The same images in the same order, less those of these names, as `listed_name` writes them."""
+        unwanted = {_LISTED.sub(lambda found: bytes([int(found[1], 16)]), name) for name in names}
+        if self.shard_numbers is not None and self._names_repeat:
+            kept = np.flatnonzero([self._unique_name(i) not in unwanted for i in range(len(self))])
+        else:
+            kept = np.flatnonzero([name not in unwanted for name in self.names.to_pylist()])
         if len(kept) == len(self):
             return self
-        return replace(
+        rest = replace(
             self,
             names=self.names.take(pa.array(kept)),
             labels=self.labels[kept],
@@ -96,6 +118,12 @@ class ImageIndex:
             shard_numbers=None if self.shard_numbers is None else self.shard_numbers[kept],
             offsets=None if self.offsets is None else self.offsets[kept],
         )
+        vars(rest)["_names_repeat"] = self._names_repeat  # an image is listed under the same name as in the whole index
+        return rest
+
+
+_UNLISTABLE = re.compile(rb"[\t\n\r]|%(?=09|0A|0D|25)")  # % only where it would read as one of these
+_LISTED = re.compile(rb"%(09|0A|0D|25)")
 
 
 def make_index(
@@ -125,6 +153,9 @@ def save_index(index: ImageIndex, source: dict[str, Any], path: Path) -> None:
     index at the same time writes the same bytes, and readers see a whole file or none.
 
     `source` says what the images were read from and how that looked; `load_index` gives it back.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     about = {
         "format": FORMAT,
@@ -138,17 +169,26 @@ def save_index(index: ImageIndex, source: dict[str, Any], path: Path) -> None:
     if index.shard_numbers is not None:
         columns |= {"shard": index.shard_numbers, "offset": index.offsets}
     table = pa.table(columns).replace_schema_metadata({"imagenet_swa": json.dumps(about)})
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
-        with partial.open("wb") as file:
-            with pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_table(table.combine_chunks())
-            file.flush()
-            os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(table, partial)
         partial.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the index {path}: {storage.reason_of(error)}; set data.index to a folder that can be written"
+        ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    with path.open("wb") as file:
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _digest_of_rest(about: dict[str, Any], index: ImageIndex) -> str:
@@ -191,6 +231,8 @@ def load_index(path: str, root: str) -> tuple[ImageIndex, dict[str, Any]]:
         )
         if index.fingerprint != about["fingerprint"] or digest != _digest_of_rest(about, index):
             raise InputError(f"the index {path} is damaged: its content does not have its fingerprint; {again}")
+    except PermissionError:
+        raise InputError(f"cannot read the index {path}: permission denied; give yourself the right to read it") from None
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
@@ -241,10 +283,16 @@ def check_labels(index: ImageIndex, split: str, num_classes: int) -> None:
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:
-    """Raise InputError where the two splits' class folders differ."""
+    """Raise InputError where the two splits' class folders differ, or where both are the same images."""
     if train.classes is not None and val.classes is not None and train.classes != val.classes:
         different = sorted(set(train.classes) ^ set(val.classes))
         raise InputError(
             f"{train.root} and {val.root} have different class folders, such as {different[0]!r}; "
             f"both need the same, since their sorted names give the labels"
+        )
+    sizes_known = bool((train.sizes != storage.WHOLE).all())  # else equal names in two places may be different images
+    if train.root and len(train) and train.fingerprint == val.fingerprint and (sizes_known or train.root == val.root):
+        raise InputError(
+            f"data.train and data.val are the same images, {len(train):,} of equal names, labels and sizes in {train.root} "
+            f"and {val.root}; set data.val to the validation images"
         )

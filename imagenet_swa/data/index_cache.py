@@ -13,14 +13,21 @@ from imagenet_swa.data.sources import Source, Track, scan, untracked, what_chang
 
 
 def index_path(source: Source, folder: Path | None) -> str:
-    """File of a source's index: beside the list, the class folders or the shards, or in the given folder."""
-    named = (source.list_file or source.path).rstrip("/")
+    """File of a source's index: beside the list, the class folders or the shards, or in the given folder. Of a folder that holds
+    the shards of both splits each split has one.
+
+    Raises:
+        InputError: the given folder is in S3.
+    """
+    if folder is not None and folder.parts[:1] == ("s3:",):
+        raise InputError("data.index is in S3; set it to a local folder")
+    named = source.path if source.list_file is None else source.list_file
+    named = named.rstrip("/") if storage.is_remote(named) else os.path.abspath(named)
     parent, name = os.path.split(named)
-    name = re.sub(r"[^\w.-]+", "_", name)
+    name = (re.sub(r"[^\w.-]+", "_", name) or "root") + (f".{source.split}" if source.takes_part else "")
     if folder is None:
-        return storage.join(parent or ".", f"{name}.index.arrow")
-    where = named if storage.is_remote(named) else os.path.abspath(named)
-    return str(folder / f"{name}-{hashlib.sha256(where.encode()).hexdigest()[:8]}.index.arrow")
+        return storage.join(parent, f"{name}.index.arrow")
+    return str(folder / f"{name}-{hashlib.sha256(os.fsencode(named)).hexdigest()[:8]}.index.arrow")
 
 
 def build_index(
@@ -34,7 +41,10 @@ def build_index(
     path = index_path(source, folder)
     if storage.is_remote(path):
         raise InputError(f"the index of {source.path} cannot be written beside it; set data.index to a local folder")
-    if not os.access(_existing(Path(path).parent), os.W_OK):
+    above = _existing(Path(path).parent)
+    if not above.is_dir():
+        raise InputError(f"cannot write {path}: {above} is a file; set data.index to a folder")
+    if not os.access(above, os.W_OK):
         raise InputError(f"cannot write {path}; set data.index to a folder that can be written")
     index, state = scan(source, num_classes=num_classes, track=track)
     check_classes(index, source.split, num_classes)
@@ -76,6 +86,9 @@ def _existing(path: Path) -> Path:
 
 def read_quarantine(path: Path, split: str) -> list[bytes]:
     """Names of one split's images in a quarantine list, a text file of lines `split, name, reason` separated by tabs.
+
+    Names are those that `ImageIndex.listed_name` gives: `shard:member` where members' names repeat, and %09, %0A, %0D for a
+    tab or an end of a line in a name (%25 for a % before such a number).
 
     Raises:
         InputError: unreadable, or a line of another form.

@@ -1,5 +1,6 @@
 """Choose and build the loaders of a run."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,14 @@ class Loaders:
     val: ImageLoader
 
 
-def build_indices(config: Config, runtime: Runtime | None = None, track: Track[Any] = untracked) -> tuple[ImageIndex, ImageIndex]:
+def build_indices(
+    config: Config, runtime: Runtime | None = None, track: Track[Any] = untracked, *, evaluation_only: bool = False
+) -> tuple[ImageIndex, ImageIndex]:
     """The training and validation images that the configuration names, less those in quarantine.
 
     An index that `imagenet-swa index` built is used where there is one. Otherwise the data is read: by rank 0, which leaves
-    the index in `output`/index for the others.
+    the index in `output`/index for the others. With `evaluation_only` the training images may be left out, and the
+    validation images then stand for both.
 
     Raises:
         InputError: nothing named, nothing found, labels that cannot be the network's, or data that changed; on every rank.
@@ -37,6 +41,9 @@ def build_indices(config: Config, runtime: Runtime | None = None, track: Track[A
     if config.data.synthetic:
         num_train, num_val = config.data.synthetic_num_images
         return synthetic_index(num_train, config.model.num_classes), synthetic_index(num_val, config.model.num_classes)
+    if evaluation_only and config.data.train is None:
+        val = _index_of(config, "val", runtime, track)
+        return val, val
     train, val = (_index_of(config, split, runtime, track) for split in SPLITS)
     check_same_classes(train, val)
     return train, val
@@ -44,6 +51,8 @@ def build_indices(config: Config, runtime: Runtime | None = None, track: Track[A
 
 def _index_of(config: Config, split: str, runtime: Runtime | None, track: Track[Any]) -> ImageIndex:
     source = source_of(config.data, split)
+    if config.data.index is not None and not config.data.index.is_dir():
+        raise InputError(f"data.index {config.data.index} is no folder; run `imagenet-swa index` with it first, or leave it out")
     if runtime is None or runtime.world_size == 1:
         index = find_index(source, config.data.index) or scan(source, num_classes=config.model.num_classes, track=track)[0]
     else:
@@ -52,7 +61,13 @@ def _index_of(config: Config, split: str, runtime: Runtime | None, track: Track[
     check_labels(index, split, config.model.num_classes)
     if config.data.quarantine is None:
         return index
-    kept = index.without(read_quarantine(config.data.quarantine, split))
+    unwanted = set(read_quarantine(config.data.quarantine, split))
+    kept = index.without(unwanted)
+    if (num_unknown := len(unwanted) - (len(index) - len(kept))) > 0 and (runtime is None or runtime.is_main):
+        print(
+            f"imagenet-swa: warning: {num_unknown} line(s) of {config.data.quarantine} name no image of data.{split}",
+            file=sys.stderr,
+        )
     if not len(kept):
         raise InputError(f"{config.data.quarantine} leaves no image of data.{split}")
     return kept
@@ -67,7 +82,7 @@ def _from_main(source: Source, config: Config, runtime: Runtime, track: Track[An
                 path = index_path(source, config.data.index)
             else:
                 path = str(build_index(source, config.output / "index", num_classes=config.model.num_classes, track=track)[1])
-        except InputError as error:
+        except (InputError, OSError) as error:  # whatever it is, no rank may wait for an index that does not come
             problem = str(error)
     path, problem = runtime.from_main((path, problem))
     if problem is not None:
@@ -92,7 +107,14 @@ def _build_loader(config: Config, split: str, index: ImageIndex, preprocessing: 
     log = config.output / f"bad-images-rank-{runtime.rank}.tsv"
     common |= {
         "prefetch": data.prefetch,
-        "bad_images": BadImages(index, data.on_bad_image, data.max_bad_images, split=split, log=log),
+        "bad_images": BadImages(
+            index,
+            data.on_bad_image,
+            data.max_bad_images,
+            split=split,
+            log=log,
+            min_good=1 if config.model.freeze_batchnorm else 2,
+        ),
     }
     num_workers = data.num_workers if data.num_workers is not None else max(1, num_cpus() // runtime.local_world_size)
     if data.backend == "torchvision":

@@ -37,7 +37,7 @@ def add_restart_markers(jpeg: bytes, *, pixels: int = 64) -> bytes | None:
     function = _function("restart_copy", ctypes.c_void_p)
     if function is None:
         raise InputError(
-            "restart-marker copies need the compiled part of imagenet_swa: install a C compiler (gcc or clang) and reinstall"
+            "restart_markers needs the compiled part of imagenet_swa: install a C compiler (gcc or clang) and reinstall"
         )
     size = ctypes.c_int64()
     address = function(jpeg, ctypes.c_int64(len(jpeg)), ctypes.c_int64(pixels), ctypes.byref(size))

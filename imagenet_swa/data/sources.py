@@ -1,7 +1,10 @@
 """Reads what a user names (class folders, a list file, tar shards; local or in S3) into an index, and notices later changes."""
 
+import codecs
 import hashlib
 import os
+import re
+import stat
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +18,18 @@ import numpy as np
 from imagenet_swa.config import DataConfig, InputError
 from imagenet_swa.data import storage
 from imagenet_swa.data.index import ImageIndex, make_index
-from imagenet_swa.data.shards import EXTENSIONS, NUM_THREADS, changed_shard, fault_of, scan_shard, shard_pool
+from imagenet_swa.data.shards import (
+    EXTENSIONS,
+    NUM_THREADS,
+    changed_shards,
+    fault_of,
+    index_of_shards,
+    root_of_pattern,
+    shards_in,
+    shards_of_pattern,
+)
 
+_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 T = TypeVar("T")
 Track = Callable[[Iterable[T], int, str], Iterable[T]]  # (items, their number, what they are) -> the same items
 
@@ -50,25 +63,58 @@ class Source:
         Raises:
             InputError: what has to go through `imagenet-swa prepare` first, or S3 without list and shards.
         """
+        for setting, value in ((self.split, self.path), (f"{self.split}_list", self.list_file)):
+            if value is not None and not value.strip():
+                raise InputError(f"data.{setting} is an empty text; name a folder, shards or a list")
         if self.list_file is not None:
             return "list"
-        prepare = f"run `imagenet-swa prepare {self.path} FOLDER` first and set data.{self.split} to a folder of its result"
-        if self.path.endswith((".parquet", ".tar.gz", ".tgz", ".zip")) or Path(self.path).name.startswith("ILSVRC2012_img"):
-            raise InputError(f"{self.path} has no random access to its images; {prepare}")
-        if self.path.endswith(".tar"):
+        if self.is_pattern:
             return "shards"
         if storage.is_remote(self.path):
-            try:
-                if _tars_in(self.path):
-                    return "shards"
-            except storage.ReadError as error:
-                raise InputError(f"cannot list the shards {self.path}: {error}") from None
-            raise InputError(f"{self.path} holds no .tar shards; wanted some, or data.{self.split}_list with objects below it")
-        if not os.path.isdir(self.path):
+            return self._kind_in_s3()
+        with storage.explained():
+            return self._kind_of_folder()
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the path names tar files. Raises InputError: an archive that has to be unpacked or prepared first."""
+        if self.list_file is not None or (not storage.is_remote(self.path) and os.path.isdir(self.path)):
+            return False
+        if self.path.endswith((".tar.gz", ".tgz", ".zip")):
+            raise InputError(f"{self.path} is compressed, without random access to its images; unpack it first")
+        if self.path.endswith(".parquet") or re.fullmatch(r"ILSVRC2012_img.*\.tar", Path(self.path).name):
+            raise InputError(f"{self.path} has no random access to its images; {self._prepare}")
+        return self.path.endswith(".tar")
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this is a folder of shards that holds the other split's shards as well."""
+        try:
+            return self.kind == "shards" and not self.is_pattern and shards_in(self.path, self.split)[1]
+        except InputError:
+            return False
+
+    @property
+    def _prepare(self) -> str:
+        return f"run `imagenet-swa prepare {self.path} FOLDER` first and set data.{self.split} to a folder of its result"
+
+    def _kind_in_s3(self) -> Literal["shards"]:
+        if re.search(r"[*?\[{]", self.path):
+            raise InputError(f"{self.path} is a pattern that does not end in .tar; wanted one such as s3://bucket/train-*.tar")
+        if shards_in(self.path, self.split)[0]:
+            return "shards"
+        raise InputError(f"{self.path} holds no .tar shards; wanted some, or data.{self.split}_list with objects below it")
+
+    def _kind_of_folder(self) -> Literal["shards", "folder"]:
+        wanted = f"wanted a folder with a sub-folder of images per class, or tar shards such as '{self.path}/train-*.tar'"
+        if os.path.isfile(self.path):
             raise InputError(
-                f"no such folder: {self.path}; wanted one with a sub-folder of images per class, or tar shards such as "
-                f"'{self.path}/train-*.tar'"
+                f"{self.path} is a file; wanted class folders or .tar shards (a list goes to data.{self.split}_list)"
             )
+        if not os.path.isdir(self.path):
+            if re.search(r"[*?\[{]", self.path):
+                raise InputError(f"{self.path} is a pattern that does not end in .tar; wanted one such as 'shards/train-*.tar'")
+            raise InputError(f"no such folder: {self.path}; {wanted}")
         with os.scandir(self.path) as entries:
             found = list(entries)
         if any(entry.is_dir() for entry in found):
@@ -76,15 +122,13 @@ class Source:
         if any(entry.name.endswith(".tar") for entry in found):
             return "shards"
         if any(entry.name.endswith(".parquet") for entry in found):
-            raise InputError(f"{self.path} holds parquet files, which have no random access to their images; {prepare}")
+            raise InputError(f"{self.path} holds parquet files, which have no random access to their images; {self._prepare}")
         return "folder"
 
     @property
     def root(self) -> str:
-        """What the index's names start from: the folder, or the one that the shards lie in."""
-        if self.list_file is None and self.path.endswith(".tar"):
-            return self.path.rpartition("/")[0] or "."
-        return self.path
+        """What the index's names start from: the folder, or one that all shards lie in or below."""
+        return root_of_pattern(self.path) if self.is_pattern else self.path
 
 
 def source_of(data: DataConfig, split: str) -> Source:
@@ -101,25 +145,26 @@ def scan(source: Source, *, num_classes: int, track: Track[Any] = untracked) -> 
     Raises:
         InputError: nothing there, or something that is no image list, no class folder, no tar shard with labels.
     """
-    if source.kind == "list":
-        return _scan_list(source, num_classes, track)
-    return _scan_shards(source, track) if source.kind == "shards" else _scan_folder(source, track)
+    kind = source.kind
+    with storage.explained():
+        if kind == "list":
+            return _scan_list(source, num_classes, track)
+        return _scan_shards(source, track) if kind == "shards" else _scan_folder(source, track)
 
 
 def what_changed(index: ImageIndex, state: dict[str, Any], source: Source) -> str | None:
     """Where the source differs from what it was when it was indexed, None if nowhere that a quick look reaches.
 
-    Class folders: names of files, in the folders whose own time changed. List: its bytes. Shards: number, sizes, and the
-    header of one member each. Sizes of single files are compared when they are read.
+    Class folders: names of files, in the folders whose own time changed. List: its bytes, its root, sizes of some files.
+    Shards: number, sizes, and all headers and labels of those whose time changed. Other sizes are compared when files are read.
     """
-    if state["kind"] != source.kind:
-        return f"it was made of {state['kind']}, now it is {source.kind}"
-    if source.kind == "list":
-        assert source.list_file is not None
-        return None if _digest_of(_list_bytes(source.list_file)) == state["digest"] else f"{source.list_file} has another content"
-    if source.kind == "shards":
-        return _changed_shards(index, state, source)
-    return _changed_folders(index, state)
+    kind = source.kind
+    if state["kind"] != kind:
+        return f"it was made of {state['kind']}, now it is {kind}"
+    with storage.explained():
+        if kind == "list":
+            return _changed_list(index, state, source)
+        return changed_shards(index, state, _shard_paths(source)) if kind == "shards" else _changed_folders(index, state)
 
 
 # ------------------------------------------------------------------------------------------------------ class folders
@@ -135,11 +180,12 @@ def _scan_folder(source: Source, track: Track[Any]) -> tuple[ImageIndex, dict[st
     if not classes:
         raise InputError(f"{root} has no sub-folders; wanted one per class, tar shards, or data.{source.split}_list")
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        tasks = pool.map(partial(_files_below, os.fsencode(root)), map(os.fsencode, classes))
+        tasks = pool.map(partial(storage.files_below, os.fsencode(root), endings=_ENDINGS), map(os.fsencode, classes))
         found = list(track(tasks, len(classes), f"{source.split}: class folders"))
     empty = [name for name, (names, _, _) in zip(classes, found, strict=True) if not names]
     if empty:
-        raise InputError(f"{root}: no images for {len(empty)} of {len(classes)} classes, the first is {empty[0]!r}")
+        first = f"{root}: no images for {len(empty)} of {len(classes)} classes, the first is {empty[0]!r}"
+        raise InputError(f"{first}; remove it, or put images into it")
     index = make_index(
         root,
         [name for names, _, _ in found for name in names],
@@ -149,37 +195,6 @@ def _scan_folder(source: Source, track: Track[Any]) -> tuple[ImageIndex, dict[st
     )
     times = {folder: time for _, _, folders in found for folder, time in folders.items()}
     return index, {"kind": "folder", "folder_times": times}
-
-
-def _files_below(root: bytes, top: bytes, *, with_sizes: bool = True) -> tuple[list[bytes], np.ndarray, dict[str, int]]:
-    """Names below the root and sizes of the images of one class, and the modification time of every folder among them."""
-    waiting, folders = [top], {}
-    while waiting:
-        folder = waiting.pop()
-        path = os.path.join(root, folder)
-        time, files = os.stat(path).st_mtime_ns, []
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    waiting.append(os.path.join(folder, entry.name))
-                elif entry.name.lower().endswith(_EXTENSION_BYTES):
-                    files.append((entry.name, _size(entry) if with_sizes else storage.WHOLE))
-        folders[folder] = time, sorted(files)
-    ordered = sorted(folders.items(), key=lambda item: os.fsdecode(item[0]))
-    names = [os.path.join(folder, name) for folder, (_, files) in ordered for name, _ in files]
-    sizes = np.array([size for _, (_, files) in ordered for _, size in files], np.int64)
-    return names, sizes, {os.fsdecode(folder): time for folder, (time, _) in ordered}
-
-
-_EXTENSION_BYTES = tuple(extension.encode() for extension in EXTENSIONS)
-
-
-def _size(entry: os.DirEntry[bytes]) -> int:
-    """-1 for a link to nothing, which the loader names when it is read."""
-    try:
-        return entry.stat().st_size
-    except OSError:
-        return storage.WHOLE
 
 
 def _changed_folders(index: ImageIndex, state: dict[str, Any]) -> str | None:
@@ -195,7 +210,7 @@ def _changed_folders(index: ImageIndex, state: dict[str, Any]) -> str | None:
     first = np.searchsorted(index.labels, np.arange(len(classes) + 1))  # labels ascend in an index of class folders
     for label, name in enumerate(classes):
         if name in moved:
-            names, _, _ = _files_below(os.fsencode(root), os.fsencode(name), with_sizes=False)
+            names, _, _ = storage.files_below(os.fsencode(root), os.fsencode(name), _ENDINGS, with_sizes=False)
             then = index.names.slice(first[label], first[label + 1] - first[label]).to_pylist()
             if names != then:
                 different = sorted(set(names) ^ set(then))
@@ -222,14 +237,36 @@ def _scan_list(source: Source, num_classes: int, track: Track[Any]) -> tuple[Ima
     if not storage.is_remote(source.path):
         starts = range(0, len(names), 4096)
         with ThreadPoolExecutor(NUM_THREADS) as pool:
-            tasks = pool.map(lambda start: _sizes_of(source.path, names[start : start + 4096]), starts)
+            tasks = pool.map(lambda start: _sizes_of(source, names[start : start + 4096]), starts)
             parts = list(track(tasks, len(starts), f"{source.split}: thousands of files"))
         sizes = np.concatenate(parts)
         if (missing := np.flatnonzero(sizes == storage.WHOLE)).size and not source.missing_ok:
             path = os.path.join(source.path, os.fsdecode(names[missing[0]]))
             more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
             raise InputError(f"{source.list_file} names {path}{more}, not there; its paths start from {source.path}")
-    return make_index(source.path, names, labels, sizes), {"kind": "list", "digest": _digest_of(content)}
+    state = {"kind": "list", "digest": _digest_of(content), "root": _absolute(source.path)}
+    return make_index(source.path, names, labels, sizes), state
+
+
+def _absolute(path: str) -> str:
+    return path.rstrip("/") if storage.is_remote(path) else os.path.abspath(path)
+
+
+def _changed_list(index: ImageIndex, state: dict[str, Any], source: Source) -> str | None:
+    assert source.list_file is not None
+    if _digest_of(_list_bytes(source.list_file)) != state["digest"]:
+        return f"{source.list_file} has another content"
+    if state.get("root") != _absolute(source.path):
+        return f"it was built for paths below {state.get('root')}"
+    if storage.is_remote(source.path) or source.missing_ok:  # bad files are then left out one by one
+        return None
+    some = np.linspace(0, len(index) - 1, min(64, len(index))).astype(np.int64)
+    now = _sizes_of(source, [index.names[int(i)].as_py() for i in some])
+    for i, size in zip(some, now, strict=True):
+        if index.sizes[i] not in (storage.WHOLE, size):
+            what = "is gone" if size == storage.WHOLE else f"had {index.sizes[i]} bytes, now has {size}"
+            return f"{index.path(i)} {what}"
+    return None
 
 
 def _list_bytes(list_file: str) -> bytes:
@@ -241,7 +278,7 @@ def _list_bytes(list_file: str) -> bytes:
 
 def _parse_list(list_file: str, content: bytes, num_classes: int) -> tuple[list[bytes], list[int]]:
     names, labels = [], []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
         if not line.strip():
             continue
         path, _, label = line.strip().rpartition(b" ")
@@ -261,14 +298,18 @@ def _start_of(text: bytes) -> str:
     return repr(os.fsdecode(text[:60])) + ("..." if len(text) > 60 else "")
 
 
-def _sizes_of(root: str, names: Sequence[bytes]) -> np.ndarray:
-    folder = os.fsencode(root)
+def _sizes_of(source: Source, names: Sequence[bytes]) -> np.ndarray:
+    folder = os.fsencode(source.path)
     sizes = np.full(len(names), storage.WHOLE, np.int64)
     for number, name in enumerate(names):
         try:
-            sizes[number] = os.stat(os.path.join(folder, name)).st_size
+            found = os.stat(os.path.join(folder, name))
         except (OSError, ValueError):  # ValueError: a zero byte in the name
             continue
+        if stat.S_ISDIR(found.st_mode):
+            path = storage.join(source.path, os.fsdecode(name))
+            raise InputError(f"{source.list_file} names the folder {path}; wanted an image in each line")
+        sizes[number] = found.st_size
     return sizes
 
 
@@ -279,51 +320,17 @@ def _digest_of(content: bytes) -> str:
 # -------------------------------------------------------------------------------------------------------------- shards
 
 
-def _tars_in(folder: str) -> list[str]:
-    return [path for path in storage.list_files(folder) if path.endswith(".tar")]
+def _shard_paths(source: Source) -> list[str]:
+    return shards_of_pattern(source.path) if source.is_pattern else shards_in(source.path, source.split)[0]
 
 
 def _scan_shards(source: Source, track: Track[Any]) -> tuple[ImageIndex, dict[str, Any]]:
-    """WebDataset's layout: members `key.jpg`, and `key.cls` with the label as text or `key.json` with {"label": ...}."""
-    try:
-        paths = storage.expand(source.path) if source.path.endswith(".tar") else _tars_in(source.path)
-    except storage.ReadError as error:
-        raise InputError(f"cannot list the shards {source.path}: {error}") from None
-    if not paths:
-        raise InputError(
-            f"no shards match {source.path}; wanted tar files (quote the pattern, so that the shell leaves it alone)"
-        )
-    with shard_pool(paths) as pool:
-        found = list(track(pool.map(scan_shard, paths), len(paths), f"{source.split}: shards"))
-    numbers = np.repeat(np.arange(len(paths), dtype=np.int32), [len(shard.names) for shard in found])
-    index = make_index(
-        source.root,
-        [name for shard in found for name in shard.names],
-        [label for shard in found for label in shard.labels],
-        [size for shard in found for size in shard.sizes],
-        shards=_names_of_shards(source, paths),
-        shard_numbers=numbers,
-        offsets=np.array([offset for shard in found for offset in shard.offsets], np.int64),
-    )
+    """WebDataset's layout, see `index_of_shards`."""
+    paths = _shard_paths(source)
+    index, state = index_of_shards(source.root, paths, lambda shards: track(shards, len(paths), f"{source.split}: shards"))
     if not len(index):
         raise InputError(f"{source.path} holds no images; wanted members such as n01440764_10026.jpg beside n01440764_10026.cls")
-    return index, {"kind": "shards", "shard_bytes": [shard.num_bytes for shard in found]}
-
-
-def _shard_paths(source: Source) -> list[str]:
-    try:
-        paths = storage.expand(source.path) if source.path.endswith(".tar") else _tars_in(source.path)
-    except storage.ReadError as error:
-        raise InputError(f"cannot list the shards {source.path}: {error}") from None
-    if not paths:
-        raise InputError(
-            f"no shards match {source.path}; wanted tar files (quote the pattern, so that the shell leaves it alone)"
-        )
-    return paths
-
-
-def _names_of_shards(source: Source, paths: list[str]) -> tuple[str, ...]:
-    return tuple(path.removeprefix(source.root).lstrip("/") if source.root != "." else path for path in paths)
+    return index, state
 
 
 def broken_shards(source: Source) -> list[tuple[str, str]]:
@@ -334,15 +341,3 @@ def broken_shards(source: Source) -> list[tuple[str, str]]:
         return []
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return [(path, fault) for path, fault in zip(paths, pool.map(fault_of, paths), strict=True) if fault is not None]
-
-
-def _changed_shards(index: ImageIndex, state: dict[str, Any], source: Source) -> str | None:
-    assert index.shard_numbers is not None and index.offsets is not None
-    now = _names_of_shards(source, _shard_paths(source))
-    if now != index.shards:
-        return f"shards came or went, such as {min(set(now) ^ set(index.shards), default='the order of all')}"
-    last = np.searchsorted(index.shard_numbers, np.arange(len(index.shards)), side="right") - 1  # numbers ascend
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        images = [int(image) if index.shard_numbers[image] == shard else None for shard, image in enumerate(last)]
-        complaints = pool.map(partial(changed_shard, index), range(len(images)), state["shard_bytes"], images)
-        return next((complaint for complaint in complaints if complaint is not None), None)

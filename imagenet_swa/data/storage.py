@@ -4,16 +4,21 @@ import io
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from glob import escape, glob
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from imagenet_swa.config import InputError
 
 WHOLE = -1  # as a size: up to the end, however far that is
 NOT_THERE = "no such file or object"
+MAX_PATHS = 1_000_000  # of one pattern
 _READ_AHEAD = 16 * 2**20  # one request to S3 while an object is read through
 
 
@@ -120,6 +125,21 @@ def size_of(path: str) -> int:
         raise ReadError(reason_of(error)) from None
 
 
+def size_and_time_of(path: str) -> tuple[int, int]:
+    """Bytes, and the time of the last change in ns. Raises ReadError."""
+    try:
+        if not is_remote(path):
+            status = os.stat(path)
+            return status.st_size, status.st_mtime_ns
+        key = path.removeprefix("s3://")
+        info = _s3(key.partition("/")[0]).get_file_info(key)
+        if info.size is None:
+            raise FileNotFoundError(path)
+        return info.size, info.mtime_ns or 0
+    except OSError as error:
+        raise ReadError(reason_of(error)) from None
+
+
 def reason_of(error: OSError) -> str:
     """An operating system's or S3's error in words, with what to do where the words alone would not say it."""
     text = str(error)
@@ -135,10 +155,28 @@ def reason_of(error: OSError) -> str:
     return (error.strerror or text).lower()
 
 
+@contextmanager
+def explained() -> Iterator[None]:
+    """The operating system's refusals as InputErrors that name the path."""
+    try:
+        yield
+    except OSError as error:
+        path = "the data" if error.filename is None else os.fsdecode(error.filename)
+        raise InputError(f"cannot read {path}: {reason_of(error)}; give yourself the right to read it, or take it out") from None
+
+
 def expand(pattern: str) -> list[str]:
-    """Paths that a pattern names, sorted: `{000..146}` counts, `{a,b}` chooses, `*` and `?` match what is there."""
+    """Paths that a pattern names, sorted: `{000..146}` counts, `{a,b}` chooses, `*` and `?` match what is there.
+
+    Raises:
+        ReadError: a folder of S3 that cannot be listed.
+        InputError: more than a million names, or in S3 a wildcard that is not in the last part.
+    """
     paths: list[str] = []
-    for text in _braces(pattern):
+    texts = list(islice(_braces(pattern), MAX_PATHS + 1))
+    if len(texts) > MAX_PATHS:
+        raise InputError(f"{pattern[:200]} makes more than {MAX_PATHS:,} names; check the numbers in its braces")
+    for text in texts:
         paths += _matches(text) if any(sign in text for sign in "*?[") else [text]
     return paths
 
@@ -149,10 +187,10 @@ def _braces(pattern: str) -> Iterator[str]:
         yield pattern
         return
     before, after = pattern[: found.start()], pattern[found.end() :]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", found[1])
     if numbers:
         first, last = numbers.groups()
-        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        choices = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))  # perhaps far too many
     else:
         choices = found[1].split(",")
     for choice in choices:
@@ -163,10 +201,14 @@ def _matches(pattern: str) -> list[str]:
     if not is_remote(pattern):
         return sorted(glob(pattern))
     folder, _, name = pattern.rpartition("/")
+    if any(sign in folder for sign in "*?["):
+        raise InputError(
+            f"{pattern}: in S3 the signs * ? [ may stand in the last part only, not in the folder's; use {{a,b}} there"
+        )
     return [path for path in list_files(folder) if fnmatchcase(path.rpartition("/")[2], name)]
 
 
-def list_files(folder: str) -> list[str]:
+def list_files(folder: str, *, missing_ok: bool = True) -> list[str]:
     """Files directly in a folder or below an S3 prefix, sorted. Raises ReadError."""
     try:
         if not is_remote(folder):
@@ -174,10 +216,52 @@ def list_files(folder: str) -> list[str]:
         from pyarrow.fs import FileSelector, FileType
 
         key = folder.removeprefix("s3://").rstrip("/")
-        found = _s3(key.partition("/")[0]).get_file_info(FileSelector(key, allow_not_found=True))
+        found = _s3(key.partition("/")[0]).get_file_info(FileSelector(key, allow_not_found=missing_ok))
         return sorted(f"s3://{info.path}" for info in found if info.type == FileType.File)
+    except FileNotFoundError:
+        raise ReadError("no such bucket or prefix" if is_remote(folder) else NOT_THERE) from None
     except OSError as error:
         raise ReadError(reason_of(error)) from None
+
+
+def files_below(
+    root: bytes, top: bytes, endings: tuple[bytes, ...], *, with_sizes: bool = True
+) -> tuple[list[bytes], np.ndarray, dict[str, int]]:
+    """Names below the root and sizes of the local files of these endings below one folder of it, in order of folder, then name;
+    and the modification time of every folder among them. A link back to a folder on its own way is not followed.
+    """
+    waiting: list[tuple[bytes, tuple[bytes, ...]]] = [(top, ())]  # folders, and the real ones that links led out of
+    folders = {}
+    while waiting:
+        folder, left = waiting.pop()
+        path = os.path.join(root, folder)
+        time, files = os.stat(path).st_mtime_ns, []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    passed = (*left, os.path.realpath(path)) if entry.is_symlink() else left
+                    if not (entry.is_symlink() and _is_within(os.path.realpath(entry.path), passed)):
+                        waiting.append((os.path.join(folder, entry.name), passed))
+                elif entry.name.lower().endswith(endings):
+                    files.append((entry.name, _size(entry) if with_sizes else WHOLE))
+        folders[folder] = time, sorted(files)
+    ordered = sorted(folders.items(), key=lambda item: os.fsdecode(item[0]))
+    names = [os.path.join(folder, name) for folder, (_, files) in ordered for name, _ in files]
+    sizes = np.array([size for _, (_, files) in ordered for _, size in files], np.int64)
+    return names, sizes, {os.fsdecode(folder): time for folder, (time, _) in ordered}
+
+
+def _is_within(target: bytes, passed: tuple[bytes, ...]) -> bool:
+    """Whether a link leads back to where the walk came through, which would never end."""
+    return any(os.path.commonpath([target, folder]) == target for folder in passed)
+
+
+def _size(entry: os.DirEntry[bytes]) -> int:
+    """-1 for a link to nothing, which the loader names when it is read."""
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return WHOLE
 
 
 @lru_cache(maxsize=4096)
@@ -198,7 +282,8 @@ def _s3(bucket: str) -> Any:
 
     if not bucket:
         raise InputError("an S3 path without a bucket; wanted s3://bucket/key")
-    options: dict[str, Any] = {"connect_timeout": 10, "request_timeout": 60}
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=3)
+    options: dict[str, Any] = {"connect_timeout": 10, "request_timeout": 15, "retry_strategy": retries}
     endpoint = _endpoint()
     if endpoint is not None:
         options["endpoint_override"] = endpoint

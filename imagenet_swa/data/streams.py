@@ -1,10 +1,12 @@
 """Iterators whose items are made in threads, ahead of whoever takes them."""
 
 import atexit
+import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from queue import Full, Queue
 from threading import Event, Thread
@@ -76,8 +78,8 @@ _open: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
 
 
 def until_exit(stream: Generator[T, None, None]) -> Generator[T, None, None]:
-    """The stream, which is closed when the process ends, as after an error whose traceback holds it: threads of DALI's that
-    still run would turn the exit into an abort.
+    """The stream, which is closed when the process ends and nobody is in the middle of it, as after an error whose traceback
+    holds it: threads of DALI's that still run would turn the exit into an abort. A forked process leaves it to its parent.
     """
     _close_at_exit()
     _open.add(stream)
@@ -87,4 +89,11 @@ def until_exit(stream: Generator[T, None, None]) -> Generator[T, None, None]:
 @cache
 def _close_at_exit() -> None:
     """Registered when a stream is opened, after DALI's own clean-up, and so run before it."""
-    atexit.register(lambda: [stream.close() for stream in list(_open)])
+    atexit.register(_close_all)
+    os.register_at_fork(after_in_child=_open.clear)
+
+
+def _close_all() -> None:
+    for stream in list(_open):
+        with suppress(ValueError):  # another thread is taking its next item
+            stream.close()

@@ -13,7 +13,8 @@ from torchvision.transforms import InterpolationMode, functional
 from imagenet_swa.config import Preprocessing
 from imagenet_swa.data import storage
 from imagenet_swa.data.batch import BadImages, Batch, labels_on
-from imagenet_swa.data.encoded import FORMATS, NO_END, PNG_END, why_undecodable
+from imagenet_swa.data.crops import MAX_RESIZED_SIDE, TOO_THIN
+from imagenet_swa.data.encoded import FORMATS, why_ambiguous, why_undecodable
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.sampling import Indices, crop_windows, draw_crops
 
@@ -113,9 +114,9 @@ class _Decoded(Dataset[Decoded]):
             return str(error)
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-                if file.format == "PNG" and PNG_END not in data:  # DALI refuses it
-                    return NO_END
-                return file.convert("RGB")
+                longest = max(file.size) * self._preprocessing.resize // min(file.size)
+                reason = TOO_THIN if self._mode == "evaluation" and longest >= MAX_RESIZED_SIDE else why_ambiguous(file, data)
+                return reason or file.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return why_undecodable(data) or " ".join(str(error).split())
 

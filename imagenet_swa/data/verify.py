@@ -1,11 +1,10 @@
-"""Looks at every image of both splits before a run does, and lists those that no loader can decode.
+"""Looks at every image of a split or both before a run does, and lists those that no loader can decode.
 
 A quick look reads the first and the last few KiB of each image, and all of those that look odd; a full one decodes them all.
 """
 
 import multiprocessing
 import os
-import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +26,7 @@ from imagenet_swa.data.examine import digests_of, look_at
 from imagenet_swa.data.findings import SPLITS, UNDECODABLE, VerifyResult, tell, write_results
 from imagenet_swa.data.index import ImageIndex, Location, check_classes, check_labels, check_same_classes
 from imagenet_swa.data.index_cache import find_index, read_quarantine
+from imagenet_swa.data.prepare.workers import begin_worker
 from imagenet_swa.data.sources import Source, Track, broken_shards, scan, source_of, untracked
 
 _IMAGES_PER_TASK = 256
@@ -54,7 +54,7 @@ class VerifySettings:
 def verify(
     config: Config, settings: VerifySettings, track: Track[Any] = untracked, say: Callable[[str], None] = print
 ) -> VerifyResult:
-    """Look at every image that the configuration names; write verify.md, verify.json and quarantine.tsv.
+    """Look at every image of the splits that are set, one or both; write verify.md, verify.json and quarantine.tsv.
 
     Raises:
         InputError: no data named, or the results cannot be written.
@@ -62,7 +62,9 @@ def verify(
     require(
         not config.data.synthetic, "data.synthetic is set: made-up images have nothing to verify; set data.train and data.val"
     )
-    sources = [source_of(config.data, split) for split in SPLITS]
+    named = [split for split in SPLITS if getattr(config.data, split) is not None]
+    require(bool(named), "no images to verify: set data.train, data.val, or both")
+    sources = [source_of(config.data, split) for split in named]
     try:
         settings.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -126,7 +128,7 @@ def _check_names(index: ImageIndex, split: str, result: VerifyResult) -> None:
     order = pa.array([synset.encode() for synset in imagenet.synsets()], found.type)
     said = pc.index_in(found, value_set=order).fill_null(-1).to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
     for i in np.flatnonzero((said >= 0) & (said != index.labels)):
-        result.add(split, "wrong_label", index.name(int(i)), f"has label {index.labels[i]}, its name says {said[i]}")
+        result.add(split, "wrong_label", index.listed_name(int(i)), f"has label {index.labels[i]}, its name says {said[i]}")
 
 
 def _check_counts(index: ImageIndex, split: str, result: VerifyResult) -> None:
@@ -147,6 +149,9 @@ def _check_counts(index: ImageIndex, split: str, result: VerifyResult) -> None:
 
 
 def _repeated_names(index: ImageIndex) -> list[tuple[str, int]]:
+    """Of files. Members of a shard have different names, which may come again in the next shard."""
+    if index.shard_numbers is not None:
+        return []
     counted = index.names.value_counts()
     repeated = counted.filter(pc.greater(counted.field("counts"), 1)).to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
     return sorted((os.fsdecode(entry["values"]), entry["counts"]) for entry in repeated)
@@ -167,7 +172,7 @@ def _mapping(num_workers: int | None) -> Iterator[Mapping]:
     number = num_workers or cores
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([look_at.__module__])
-    pool = ProcessPoolExecutor(number, mp_context=context)
+    pool = ProcessPoolExecutor(number, context, begin_worker, (dict(os.environ),))
 
     def over_workers(function: Callable[..., Any], tasks: Iterable[list[Location]]) -> Iterator[list[Any]]:
         waiting: deque[Any] = deque()
@@ -203,13 +208,14 @@ def _look_at_images(
     looks = mapping(partial(look_at, full=result.full), tasks)
     for part in track(looks, count, f"{split}: hundreds of images"):
         for look in part:
-            name = index.name(number)
+            name = index.listed_name(number)
             for kind, detail in look.odd:
                 is_left_out = kind in UNDECODABLE and os.fsencode(name) in left_out
                 result.add(split, "quarantined" if is_left_out else kind, name, detail)
                 if kind in UNDECODABLE:
                     unneeded.discard(os.fsencode(name))
-                    _put_into_quarantine(result, split, name, kind, detail)
+                    reason = " ".join(f"{kind.replace('_', ' ')}: {detail}".split())
+                    result.quarantine.append((split, name, reason))
             named = _SUFFIXES.get(os.path.splitext(name)[1].lower())
             if look.format and named not in (None, look.format):
                 result.add(split, "other_format", name, f"content {look.format}, name {named}")
@@ -221,13 +227,6 @@ def _look_at_images(
         result.add(split, "needless_quarantine", os.fsdecode(name))
     result.summaries[split] = _summary(index, formats, sizes)
     return np.frombuffer(b"".join(digests), "V16")
-
-
-def _put_into_quarantine(result: VerifyResult, split: str, name: str, kind: str, detail: str) -> None:
-    if re.search(r"[\t\r\n]", name):
-        result.add(split, "not_listable", name, detail)
-    else:
-        result.quarantine.append((split, name, " ".join(f"{kind.replace('_', ' ')}: {detail}".split())))
 
 
 def _summary(index: ImageIndex, formats: Counter[str], sizes: list[tuple[int, int]]) -> dict[str, Any]:
@@ -267,8 +266,12 @@ def _find_duplicates(
             for same in _equal(np.frombuffer(b"".join(digests[k] for k in group), "V16"))
         ]
     for group in groups:
-        members = [(*images[k], indices[images[k][0]].name(images[k][1])) for k in group]
+        members = [(*images[k], indices[images[k][0]].listed_name(images[k][1])) for k in group]
         _add_duplicates(members, indices, result)
+    num_leaked = result.count("leak")
+    if num_leaked and 2 * num_leaked > len(indices["val"]):
+        detail = f"has {num_leaked:,} of its {len(indices['val']):,} images in train too; set data.val to the validation images"
+        result.add("train and val", "mostly_leaked", indices["val"].root, detail)
 
 
 def _equal(keys: NDArray[np.void]) -> list[list[int]]:

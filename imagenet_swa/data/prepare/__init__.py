@@ -1,8 +1,8 @@
 """`imagenet-swa prepare`: the images of a split from anywhere to tar shards, or class folders, with an index.
 
-The output depends on the source and the settings alone, to the last byte: neither the number of workers nor interruptions
-leave a trace. A unit of it, a shard or as many files, is written, flushed, renamed and then noted in a journal, from which
-the same command goes on.
+The output depends on the source and the settings alone, to the last byte but for the times of files that its index holds:
+neither the number of workers nor interruptions leave a trace. A unit of it, a shard or as many files, is written, flushed,
+renamed and then noted in a journal, from which the same command goes on.
 """
 
 import os
@@ -23,8 +23,9 @@ from imagenet_swa.data.index import ImageIndex, save_index
 from imagenet_swa.data.index_cache import index_path
 from imagenet_swa.data.prepare.archives import Item, Origin, key_of, open_origin
 from imagenet_swa.data.prepare.copies import Copy, Recipe, UndecodableError, make_copy, pixel_difference
+from imagenet_swa.data.prepare.journal import Journal
 from imagenet_swa.data.prepare.report import describe, make_report, save_report
-from imagenet_swa.data.prepare.units import FolderOutput, Journal, ShardOutput, Unit, digest_of
+from imagenet_swa.data.prepare.units import FolderOutput, ShardOutput, Unit, digest_of
 from imagenet_swa.data.prepare.workers import in_order
 from imagenet_swa.data.restart import add_restart_markers
 from imagenet_swa.data.sources import Source, Track, scan, untracked
@@ -163,7 +164,7 @@ def prepare(settings: PrepareSettings, track: Track[Any] = untracked, say: Calla
         output = _open_output(settings, origin)
         journal.begin(_identity(settings) | {f"source's {name}": value for name, value in origin.identity.items()}, output)
         if journal.units:
-            say(f"going on after {journal.num_consumed:,} images, which {len(journal.units)} finished parts hold")
+            say(f"going on after {journal.num_consumed:,} images that are finished")
         start, num_before = time.monotonic(), journal.num_consumed
         for unit in _write(settings, origin, output, journal, track):
             journal.add(unit)
@@ -234,7 +235,7 @@ def _write(
     )
     work = partial(_work, settings.recipe)
     results = in_order(work, tasks, settings.num_workers)
-    keys: set[str] = set()
+    keys = {key_of(name) for name in output.names(journal.units)}
     num_bad = sum(len(unit.bad) for unit in journal.units)
     unit = output.begin(len(journal.units))
     try:
@@ -246,7 +247,7 @@ def _write(
                 unit.bad.append([done.item.name, done.reason])
                 continue
             name = _new_name(done)
-            key = key_of(name)
+            key = key_of(output.placed(name, done.item.label))
             require(key not in keys, f"two images would get the name {name} (from {done.item.name}); rename one of them")
             keys.add(key)
             output.add(unit, name, done.item.label, done.copy.data)
@@ -329,10 +330,14 @@ def _verify(settings: PrepareSettings, list_file: Path | None, units: list[Unit]
         )
     parts = (_slice(index, end - unit.num_images, end) for unit, end in zip(units, ends, strict=True))
     digests = in_order(digest_of, parts, settings.num_workers, chunk=1)
-    for unit, digest in zip(units, track(digests, len(units), f"{settings.split}: reading back"), strict=True):
+    tracked = track(digests, len(units), f"{settings.split}: reading back")
+    for unit, end, digest in zip(units, ends, tracked, strict=True):
         if digest != unit.digest:
-            where = unit.file or f"{unit.num_images} images of {settings.target}"
-            raise TrainingError(f"{where} reads back differently from what was written; delete it and run the same command again")
+            first = unit.file or settings.target / index.name(end - unit.num_images)
+            where = first if unit.file else f"one of the {unit.num_images:,} images from {first} on"
+            raise TrainingError(
+                f"{where} reads back differently from what was written; delete {first} and run the same command again"
+            )
     save_index(index, state, Path(index_path(source, None)))
     return index
 

@@ -1,6 +1,7 @@
 """What `prepare` reads: the sources of `sources.py`, the official archives, other tar files, the Hub's parquet files."""
 
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,7 +58,9 @@ def open_origin(
     Raises:
         InputError: not there, of an unknown kind, cut short, or with labels that do not fit.
     """
-    path = _official_archive_in(path, split) if list_file is None else path
+    if list_file is None:
+        path = _official_archive_in(path, split)
+        _check_split(path, split)
     tables = [] if list_file is not None else parquet_files(path, split)
     archive = list_file is None and path.endswith(".tar") and not any(sign in path for sign in "*?[{") and _holds_no_labels(path)
     require(
@@ -74,6 +77,8 @@ def open_origin(
         )
     if archive:
         return _from_archive(path, split, labels, num_classes)
+    if list_file is None and (archives := _class_archives_in(path)):
+        return _from_class_archives(path, archives, split, num_classes, track)
     if path.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")):
         raise InputError(f"{path} is compressed; unpack it first, and give the .tar file or the folder")
     try:
@@ -135,6 +140,47 @@ def _official_archive_in(path: str, split: str) -> str:
     """The split's official archive in a folder of them."""
     archive = os.path.join(path, f"ILSVRC2012_img_{split}.tar")
     return archive if not storage.is_remote(path) and os.path.isfile(archive) else path
+
+
+def _check_split(path: str, split: str) -> None:
+    """Refuse an official file of the other split."""
+    other, starts = ("val", "ILSVRC2012_img_val|validation-") if split == "train" else ("train", "ILSVRC2012_img_train|train-")
+    inside = [] if storage.is_remote(path) or not Path(path).is_dir() else os.listdir(path)
+    for name in [_base(path), *(inside if all(name.startswith("ILSVRC2012_") for name in inside) else [])]:
+        if re.match(starts, name) and name.endswith((".tar", ".parquet")):
+            raise InputError(f"{name} in {path} is the {other} split, but split is {split}; add --split {other}")
+
+
+def _class_archives_in(path: str) -> list[str]:
+    """Names of a folder's tar files where these are named by synsets, as the official train archive unpacked once has them."""
+    if storage.is_remote(path) or not Path(path).is_dir():
+        return []
+    with os.scandir(path) as entries:
+        found = list(entries)
+    names = sorted(entry.name for entry in found if entry.name.endswith(".tar"))
+    known = set(imagenet.synsets())
+    if not names or any(entry.is_dir() for entry in found) or any(name.removesuffix(".tar") not in known for name in names):
+        return []
+    return names if _holds_no_labels(os.path.join(path, names[0])) else []
+
+
+def _from_class_archives(path: str, archives: list[str], split: str, num_classes: int, track: Track[Any]) -> Origin:
+    """A folder of `nXXXXXXXX.tar`."""
+    positions = {synset: label for label, synset in enumerate(imagenet.synsets())}
+    names, labels, sizes, shards, offsets = [], [], [], [], []
+    for shard, archive in enumerate(track(archives, len(archives), f"{split}: class archives")):
+        synset = archive.removesuffix(".tar")
+        for member in _members(os.path.join(path, archive)):
+            if _is_image(member.name):
+                names.append(os.fsencode(f"{synset}/{_base(member.name)}"))
+                labels.append(positions[synset])
+                sizes.append(member.size)
+                shards.append(shard)
+                offsets.append(member.offset_data)
+    require(bool(names), f"{path} holds {len(archives)} tar files without images; wanted those of the official train archive")
+    places = {"shards": tuple(archives), "shard_numbers": np.array(shards, np.int32), "offsets": np.array(offsets, np.int64)}
+    index = make_index(path, names, labels, sizes, **places)
+    return _from_index(index, f"{len(archives)} archives of a class each", split, num_classes, imagenet.synsets())
 
 
 def _from_archive(path: str, split: str, labels: Path | None, num_classes: int) -> Origin:

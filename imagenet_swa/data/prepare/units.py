@@ -1,22 +1,22 @@
-"""What `prepare` writes, unit by unit: tar shards or files in folders, and the journal of what is finished."""
+"""What `prepare` writes, unit by unit: tar shards or files in folders."""
 
-import fcntl
 import hashlib
-import json
+import itertools
 import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from imagenet_swa.config import InputError, require
+from imagenet_swa.config import InputError, TrainingError, require
 from imagenet_swa.data import storage
 from imagenet_swa.data.prepare.archives import Item, key_of
+from imagenet_swa.data.shards import NUM_THREADS, scan_shard, shard_pool
 
-FORMAT = "imagenet-swa prepare 1"
 _RECORD = 10_240  # tar files are filled up to a multiple of this
 
 
@@ -90,13 +90,13 @@ class ShardOutput:
 
     def add(self, unit: Unit, name: str, label: int, data: bytes) -> None:
         """Append an image."""
-        key, extension = key_of(name), os.path.splitext(name)[1]
-        unit.num_renamed += key + extension != name
+        placed = self.placed(name, label)
+        unit.num_renamed += placed != name
         if self._file is None:
             self._file = self._partial(unit).open("wb")
-        _write_member(self._file, key + extension, data)
-        _write_member(self._file, f"{key}.cls", str(label).encode())
-        self._digest.add(key + extension, label, data)
+        _write_member(self._file, placed, data)
+        _write_member(self._file, f"{key_of(name)}.cls", str(label).encode())
+        self._digest.add(placed, label, data)
         unit.num_images += 1
         unit.num_bytes += len(data)
 
@@ -111,7 +111,7 @@ class ShardOutput:
             return
         end = self._file.tell() + 2 * tarfile.BLOCKSIZE
         self._file.write(bytes(2 * tarfile.BLOCKSIZE + -end % _RECORD))
-        _flush(self._file)
+        flush(self._file)
         unit.num_file_bytes = self._file.tell()
         self._file.close()
         self._file = None
@@ -131,13 +131,33 @@ class ShardOutput:
     def finish(self) -> None:
         """Nothing is left to do."""
 
-    def is_whole(self, unit: Unit) -> bool:
-        """Whether a committed unit is still there."""
+    def num_whole(self, units: list[Unit]) -> int:
+        """How many of the committed units, from the first on, are still there."""
+        return sum(1 for _ in itertools.takewhile(self._is_whole, units))
+
+    def _is_whole(self, unit: Unit) -> bool:
         path = None if unit.file is None else self._folder.parent / unit.file
         return path is None or (path.is_file() and path.stat().st_size == unit.num_file_bytes)
 
     def begin_after(self, _units: list[Unit]) -> None:
         """Nothing has to be cut back."""
+
+    def placed(self, name: str, _label: int) -> str:
+        """The name that an image gets."""
+        return key_of(name) + os.path.splitext(name)[1]
+
+    def names(self, units: list[Unit]) -> Iterator[str]:
+        """Names of the images of committed units."""
+        paths = [str(self._folder.parent / unit.file) for unit in units if unit.file is not None]
+        if not paths:
+            return
+        with shard_pool(paths) as pool:
+            try:
+                for shard in pool.map(scan_shard, paths):
+                    yield from map(os.fsdecode, shard.names)
+            except InputError as error:  # which tells to copy it again, but it is our own
+                fault = str(error).rpartition(";")[0]
+                raise TrainingError(f"{fault}; delete it and run the same command again") from None
 
     def strange_files(self) -> list[str]:
         """Files that no `prepare` of this split wrote."""
@@ -177,9 +197,7 @@ class FolderOutput:
 
     def add(self, unit: Unit, name: str, label: int, data: bytes) -> None:
         """Write a file, under its name once it is whole."""
-        if "/" not in name:
-            folder = self._class_folders[label] if self._class_folders else f"{label:04d}"
-            name = f"{folder}/{name}"
+        name = self.placed(name, label)
         require("\n" not in name and name == name.strip(), f"image {name!r} cannot stand in a list; rename it")
         path = self._folder / name
         if path.parent not in self._made:
@@ -200,7 +218,7 @@ class FolderOutput:
         """Wait until all is on the disk, the list's part too."""
         assert self._list is not None
         self._list.write(b"".join(self._lines))
-        _flush(self._list)
+        flush(self._list)
         unit.num_file_bytes = self._list.tell()
         unit.digest = self._digest.hex()
         os.sync()
@@ -216,9 +234,39 @@ class FolderOutput:
         self._partial_list.rename(self.list_file)
         _flush_folder(self._folder.parent)
 
-    def is_whole(self, unit: Unit) -> bool:
-        """Whether the list up to a committed unit is still there."""
-        return any(path.exists() and path.stat().st_size >= unit.num_file_bytes for path in (self.list_file, self._partial_list))
+    def num_whole(self, units: list[Unit]) -> int:
+        """How many of the committed units, from the first on, are still there: their part of the list, and the files in it."""
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            sizes = pool.map(self._size_of_all, self._lines_of(units))
+            return sum(1 for _ in itertools.takewhile(lambda both: both[0].num_bytes == both[1], zip(units, sizes, strict=False)))
+
+    def _size_of_all(self, lines: list[bytes]) -> int:
+        """Bytes of the images that lines of the list name; -1 where one is not there."""
+        try:
+            return sum((self._folder / os.fsdecode(line.rpartition(b" ")[0])).stat().st_size for line in lines)
+        except OSError:
+            return -1
+
+    def _lines_of(self, units: list[Unit]) -> Iterator[list[bytes]]:
+        """Each unit's part of the list, up to the first that is not there."""
+        found = [path for path in (self.list_file, self._partial_list) if path.exists()]
+        content, start = found[0].read_bytes() if found else b"", 0
+        for unit in units:
+            lines = content[start : unit.num_file_bytes].split(b"\n")[:-1]
+            if len(content) < unit.num_file_bytes or len(lines) != unit.num_images:
+                return
+            yield lines
+            start = unit.num_file_bytes
+
+    def placed(self, name: str, label: int) -> str:
+        """The name that an image gets."""
+        if "/" in name:
+            return name
+        return f"{self._class_folders[label] if self._class_folders else f'{label:04d}'}/{name}"
+
+    def names(self, units: list[Unit]) -> Iterator[str]:
+        """Names of the images of committed units."""
+        return (os.fsdecode(line.rpartition(b" ")[0]) for lines in self._lines_of(units) for line in lines)
 
     def begin_after(self, units: list[Unit]) -> None:
         """Cut the list to what is finished."""
@@ -233,7 +281,8 @@ class FolderOutput:
         return sorted(entry.name for entry in self._folder.iterdir())
 
 
-def _flush(file: IO[bytes]) -> None:
+def flush(file: IO[bytes]) -> None:
+    """Wait until a file's bytes are on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -244,96 +293,3 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class Journal:
-    """`prepare-train.journal`: a line with the settings, then one per finished unit. Holds a lock while it is open."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.units: list[Unit] = []
-        self._path = folder / f"prepare-{split}.journal"
-        self._file: IO[bytes] | None = None
-
-    def __enter__(self) -> "Journal":
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a+b")
-        except OSError as error:
-            raise InputError(f"cannot write {self._path}: {storage.reason_of(error)}; choose another output") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise InputError(
-                f"another prepare is writing to {self._path.parent}; wait for it, or choose another output"
-            ) from None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._file is not None
-        self._file.close()
-
-    @property
-    def num_consumed(self) -> int:
-        """Images of the source that the finished units are made of."""
-        return sum(unit.num_consumed for unit in self.units)
-
-    def begin(self, identity: dict[str, Any], output: ShardOutput | FolderOutput) -> None:
-        """Find out what is finished, and make the output ready for what comes next.
-
-        Raises:
-            InputError: made with other settings, of another source, or not by `prepare`.
-        """
-        assert self._file is not None
-        self._file.seek(0)
-        whole, lines = 0, []
-        for line in self._file.readlines():
-            if not line.endswith(b"\n"):  # cut off in the middle of writing
-                break
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                raise InputError(f"{self._path} is damaged in line {len(lines) + 1}; choose a new or empty output") from None
-            whole += len(line)
-        self._file.truncate(whole)
-        if not lines:
-            strange = output.strange_files()
-            require(not strange, f"{self._path.parent} holds files such as {(strange or [''])[0]}; choose a new or empty output")
-            self._append({"format": FORMAT, "identity": identity})
-        else:
-            self._check(lines[0], identity)
-        for line in lines[1:]:
-            unit = Unit(**line | {"counts": Counter(line["counts"])})
-            if unit.number != len(self.units):  # written again after an earlier one was lost
-                self.units = self.units[: unit.number]
-            self.units.append(unit)
-        for number, unit in enumerate(self.units):
-            if not output.is_whole(unit):
-                self.units = self.units[:number]
-                break
-        output.begin_after(self.units)
-
-    def _check(self, first: dict[str, Any], identity: dict[str, Any]) -> None:
-        require(first.get("format") == FORMAT, f"{self._path} is of another version; choose a new or empty output")
-        then = first["identity"]
-        for name in dict.fromkeys([*then, *identity]):
-            if then.get(name) != identity.get(name):
-                raise InputError(
-                    f"{self._path.parent} holds a prepare with {name} {_short(then.get(name))}, now it is "
-                    f"{_short(identity.get(name))}; give the same, or choose a new or empty output"
-                )
-
-    def add(self, unit: Unit) -> None:
-        """Note that a unit is finished."""
-        self._append(vars(unit))
-        self.units.append(unit)
-
-    def _append(self, entry: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        _flush(self._file)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -33,7 +33,7 @@ def in_order(work: Callable[[T], R], items: Iterable[T], num_workers: int | None
         return
     num_workers = num_workers or len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(num_workers, context, _begin_worker, (dict(os.environ),))
+    pool = ProcessPoolExecutor(num_workers, context, begin_worker, (dict(os.environ),))
     try:
         waiting: deque[Future[list[R]]] = deque()
         for part in _chunks(iter(items), chunk):
@@ -57,7 +57,7 @@ def _work_on_chunk(work: Callable[[Any], R], part: list[Any]) -> list[R]:
     return [work(item) for item in part]
 
 
-def _begin_worker(environment: dict[str, str]) -> None:
+def begin_worker(environment: dict[str, str]) -> None:
     """Ctrl-C is for the parent, which ends its workers; Pillow's warnings about odd metadata are for nobody.
 
     The environment, which tells where S3 is, is the parent's of now, not of when its first worker was forked.
