@@ -23,7 +23,7 @@ LAYERS = [
     ],
     [
         *("report", "models", "optim", "runtime", "bench.alternatives"),
-        *("data.storage", "data.resize", "data.restart", "data.findings", "data.prepare.workers"),
+        *("data.storage", "data.resize", "data.restart", "data.findings", "data.workers"),
     ],
     ["averaging", "batchnorm", "records", "bench.results", "data.index", "data.prepare.copies", "data.prepare.labels"],
     ["checkpoint", "bench.measure", "data.batch", "data.encoded", "data.shards"],
@@ -44,6 +44,7 @@ WITHOUT_TORCH = [
     *("data.storage", "data.index", "data.sources", "data.index_cache", "data.encoded", "data.resize", "data.restart"),
     *("data.crops", "data.shards", "data.examine", "data.findings", "data.verify"),
     *[module for module in chain(*LAYERS) if module.startswith("data.prepare.")],
+    "data.workers",
 ]
 HEAVY = ("torch", "torchvision", "timm", "accelerate")
 

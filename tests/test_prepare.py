@@ -31,8 +31,8 @@ from imagenet_swa.data.index import load_index
 from imagenet_swa.data.index_cache import find_index
 from imagenet_swa.data.prepare import PrepareResult, PrepareSettings, prepare
 from imagenet_swa.data.prepare.archives import open_origin
-from imagenet_swa.data.prepare.workers import in_order
 from imagenet_swa.data.sources import Source, scan
+from imagenet_swa.data.workers import in_order
 
 if TYPE_CHECKING:
     from s3_server import Bucket

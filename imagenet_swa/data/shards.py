@@ -15,6 +15,7 @@ import numpy as np
 from imagenet_swa.config import InputError
 from imagenet_swa.data import storage
 from imagenet_swa.data.index import ImageIndex, make_index
+from imagenet_swa.data.workers import begin_worker
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 NUM_THREADS = 16  # more than cores: on network file systems each answer takes long
@@ -216,7 +217,8 @@ def shard_pool(paths: list[str]) -> Executor:
     """Processes where reading headers is Python's work, threads where it is waiting for S3 or hardly worth a process."""
     if storage.is_remote(paths[0]) or len(paths) < 8:
         return ThreadPoolExecutor(NUM_THREADS)
-    return ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("forkserver"))
+    context = multiprocessing.get_context("forkserver")
+    return ProcessPoolExecutor(os.cpu_count(), context, initializer=begin_worker, initargs=(dict(os.environ),))
 
 
 # ------------------------------------------------------------------------------------------------------- later changes

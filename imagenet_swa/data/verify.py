@@ -26,8 +26,8 @@ from imagenet_swa.data.examine import digests_of, look_at
 from imagenet_swa.data.findings import SPLITS, UNDECODABLE, VerifyResult, tell, write_results
 from imagenet_swa.data.index import ImageIndex, Location, check_classes, check_labels, check_same_classes
 from imagenet_swa.data.index_cache import find_index, read_quarantine
-from imagenet_swa.data.prepare.workers import begin_worker
 from imagenet_swa.data.sources import Source, Track, broken_shards, scan, source_of, untracked
+from imagenet_swa.data.workers import begin_worker
 
 _IMAGES_PER_TASK = 256
 _SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF"}

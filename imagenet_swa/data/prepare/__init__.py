@@ -26,9 +26,9 @@ from imagenet_swa.data.prepare.copies import Copy, Recipe, UndecodableError, mak
 from imagenet_swa.data.prepare.journal import Journal
 from imagenet_swa.data.prepare.report import describe, make_report, save_report
 from imagenet_swa.data.prepare.units import FolderOutput, ShardOutput, Unit, digest_of
-from imagenet_swa.data.prepare.workers import in_order
 from imagenet_swa.data.restart import add_restart_markers
 from imagenet_swa.data.sources import Source, Track, scan, untracked
+from imagenet_swa.data.workers import in_order
 
 _MIB = 2**20
 _FREE = (
