@@ -543,7 +543,7 @@ OTHER_VALUES = {
 FREE_TO_CHANGE = {
     *("output", "resume", "checkpoints_to_keep", "log_every", "trackers", "data.num_workers", "data.prefetch"),
     *("data.train", "data.train_list", "data.val", "data.val_list", "data.index", "data.quarantine", "data.decode"),
-    *("data.on_bad_image", "data.max_bad_images"),
+    *("data.on_bad_image", "data.max_bad_images", "data.resize"),
     *("swa.include_pretrained", "swa.report_epochs", "evaluation.captures"),
 }
 
