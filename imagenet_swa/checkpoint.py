@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from imagenet_swa.config import InputError, to_plain
-from imagenet_swa.records import write_atomically
+from imagenet_swa.files import flush, write_atomically
 
 MANIFEST = "manifest.json"
 Tensors = dict[str, torch.Tensor]
@@ -58,13 +58,13 @@ class Checkpoints:
         write_atomically(partial / "progress.json", json.dumps(snapshot.progress, indent=1))
         files = sorted(partial.iterdir())
         for path in files:
-            _flush(path)
+            flush(path)
         digests = {path.name: _digest(path) for path in files}
         write_atomically(partial / MANIFEST, json.dumps(digests, indent=1))
-        _flush(partial)
+        flush(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _flush(self._folder)
+        flush(self._folder)
         up_to_this = [path for path in self._complete() if _epoch_of(path) <= _epoch_of(final)]
         for old in up_to_this[: -self._keep]:
             shutil.rmtree(old)
@@ -133,7 +133,7 @@ def save_weights(weights: Tensors, path: Path, metadata: dict[str, str]) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     _write_tensors(weights, partial, metadata)
-    _flush(partial)
+    flush(partial)
     partial.replace(path)
 
 
@@ -141,7 +141,7 @@ def copy_atomically(source: Path, target: Path) -> None:
     """A copy of a file, written aside, flushed and renamed."""
     partial = target.with_name(target.name + ".partial")
     shutil.copyfile(source, partial)
-    _flush(partial)
+    flush(partial)
     partial.replace(target)
 
 
@@ -159,11 +159,3 @@ def _write_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

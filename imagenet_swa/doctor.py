@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -15,6 +14,7 @@ from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.loaders import build_indices, build_loaders
 from imagenet_swa.data.sampling import evaluation_batches, training_batches
 from imagenet_swa.engine import make_plan
+from imagenet_swa.files import existing
 from imagenet_swa.models import batchnorm_layers, check_forward, load_pretrained, resolve_preprocessing
 from imagenet_swa.runtime import Runtime, num_cpus, start_runtime
 from imagenet_swa.session import compare_with_published, evaluate_network
@@ -137,15 +137,10 @@ def _network(config: Config) -> tuple[str, tuple[Preprocessing, float]]:
 def _disk(config: Config, mib: float) -> tuple[str, None]:
     """Captures, two averages per report, the final one, and checkpoints of weights, momentum, average, pretrained weights."""
     copies = 1 + config.swa.num_epochs + 2 * len(config.swa.epochs_to_report) + 4 * (config.checkpoints_to_keep + 1)
-    needed, free = copies * mib * 2**20, shutil.disk_usage(_existing(config.output)).free
+    needed, free = copies * mib * 2**20, shutil.disk_usage(existing(config.output)).free
     if free < needed:
         raise InputError(f"{config.output} has {free / GIB:.1f} GiB free, this run needs about {needed / GIB:.1f} GiB")
     return f"{free / GIB:.1f} GiB free at {config.output}, this run needs about {needed / GIB:.2f} GiB", None
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def _batches(config: Config, indices: tuple[ImageIndex, ImageIndex], runtime: Runtime) -> str:

@@ -18,9 +18,10 @@ from imagenet_swa.checkpoint import Checkpoints, Snapshot, check_same_run, copy_
 from imagenet_swa.config import Config, InputError, to_plain
 from imagenet_swa.data.sampling import statistics_batches
 from imagenet_swa.engine import Plan, check_batches, check_left_out, make_plan, train_one_epoch
+from imagenet_swa.files import write_atomically
 from imagenet_swa.models import Weights, batchnorm_layers, load_weights
 from imagenet_swa.optim import load_momentum_buffers, make_sgd, momentum_buffers
-from imagenet_swa.records import Records, write_atomically
+from imagenet_swa.records import Records
 from imagenet_swa.report import write_report
 from imagenet_swa.runtime import Runtime, environment_record
 from imagenet_swa.session import Session, compare_with_published
@@ -212,8 +213,7 @@ class Run:
         """Write swa.safetensors and the report; returns the latter's path."""
         name = "swa" if self.config.swa.include_pretrained else "swa_without_pretrained"
         if self.runtime.is_main:
-            source = self._average_file(name)
-            copy_atomically(source, self.folder / "swa.safetensors")
+            copy_atomically(self._average_file(name), self.folder / "swa.safetensors")
             write_report(self.folder)
         self.runtime.barrier()
         self.runtime.accelerator.end_training()

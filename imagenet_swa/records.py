@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -15,19 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from imagenet_swa.files import write_atomically
 from imagenet_swa.runtime import Runtime
 
 T = TypeVar("T")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file aside, flush it to disk, rename it: readers see the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 class Records:

@@ -19,7 +19,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from imagenet_swa.config import Preprocessing
+from imagenet_swa.config import InputError, Preprocessing
 from imagenet_swa.data.index import ImageIndex, make_index
 from imagenet_swa.data.sources import Source, scan
 
@@ -113,6 +113,25 @@ def preprocessing(**changes: object) -> Preprocessing:
         horizontal_flip=True,
     )
     return replace(unit, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def write(root: Path, files: dict[str, bytes]) -> Path:
+    """Files of these contents below the folder, which is returned."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def one_line(call: Callable[..., object], *arguments: object) -> str:
+    """The message of the InputError that the call raises, which must be one line."""
+    with pytest.raises(InputError) as caught:
+        call(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 1000
+    return message
 
 
 def index_folder(root: Path) -> ImageIndex:

@@ -18,16 +18,16 @@ MAX_LINES = 350
 # From low to high. A module imports from lower layers only, never from its own.
 LAYERS = [
     [
-        *("__init__", "config", "schedule"),
+        *("__init__", "config", "files", "schedule"),
         *("data.__init__", "data.imagenet", "data.native.__init__", "data.sampling", "data.buffers", "data.streams"),
     ],
     [
         *("report", "models", "optim", "runtime", "bench.alternatives"),
         *("data.storage", "data.resize", "data.restart", "data.findings", "data.workers"),
     ],
-    ["averaging", "batchnorm", "records", "bench.results", "data.index", "data.prepare.copies", "data.prepare.labels"],
+    ["averaging", "batchnorm", "records", "bench.results", "data.index", "data.prepare.labels"],
     ["checkpoint", "bench.measure", "data.batch", "data.encoded", "data.shards"],
-    ["evaluate", "engine", "data.crops", "data.synthetic", "data.sources"],
+    ["evaluate", "engine", "data.prepare.copies", "data.crops", "data.synthetic", "data.sources"],
     ["data.dali_pipeline", "data.torch_loader", "data.examine", "data.index_cache", "data.prepare.parquet"],
     ["data.dali"],
     ["data.loaders", "data.verify", "data.prepare.archives"],
@@ -110,7 +110,7 @@ def test_imports_go_to_lower_layers_only(module: str):
 def test_the_reading_of_imports_sees_what_is_there():
     """The checks above rest on finding imports: those of some modules as a reader sees them."""
     files = module_files()
-    assert imported_modules(files["data.index"]) == {"config", "data.imagenet", "data.storage"}
+    assert imported_modules(files["data.index"]) == {"config", "files", "data.imagenet", "data.storage"}
     assert imported_modules(files["averaging"]) == {"models"}
     assert "data.native.__init__" in imported_modules(files["data.resize"])
     assert imported_modules(files["cli"]) >= {"__init__", "config", "finetune", "report", "doctor"}

@@ -294,7 +294,7 @@ def test_weight_file(tmp_path: Path):
     assert names_in(path.parent) == ["epoch-01.safetensors"]
 
 
-@pytest.mark.parametrize("function", ["save_file", "_flush"])
+@pytest.mark.parametrize("function", ["save_file", "flush"])
 def test_a_failed_write_leaves_the_old_weight_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str):
     """A weight file that cannot be written leaves the one of the same name as it was."""
     path = tmp_path / "swa.safetensors"

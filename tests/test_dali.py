@@ -772,7 +772,6 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 @every_loader
 def test_memory_does_not_grow(generated: ImageIndex, make: MakeLoader) -> None:
     """Once allocators have what they keep, an epoch leaves behind less than a fifth of its pixels, whole or abandoned."""

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,16 +25,6 @@ from imagenet_swa.data.index import (
     make_index,
     save_index,
 )
-
-
-def one_line(call: Callable[..., object], *arguments: object) -> str:
-    """The message of the InputError that the call raises, which must be one line."""
-    with pytest.raises(InputError) as caught:
-        call(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 1000
-    return message
 
 
 def made_index(

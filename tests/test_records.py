@@ -1,7 +1,6 @@
 """What a run writes down: lines for machines, lines for people, a bar for terminals."""
 
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 
 from imagenet_swa.cli import parse_config
 from imagenet_swa.config import Config
-from imagenet_swa.records import Records, memory_mib, write_atomically
+from imagenet_swa.records import Records, memory_mib
 from imagenet_swa.runtime import Runtime, start_runtime
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -178,30 +177,6 @@ def test_progress_elsewhere(tmp_path: Path, runtime: Runtime, capsys: pytest.Cap
 
 
 # ------------------------------------------------------------------------------------------------------------- files
-
-
-def test_write_atomically(tmp_path: Path):
-    """The new text replaces the old one, and nothing else is left behind."""
-    path = tmp_path / "results.json"
-    write_atomically(path, "old")
-    write_atomically(path, "new ± text")
-    assert path.read_text() == "new ± text"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("name", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    """On a full disk, or cut before the rename, readers still see the whole old file."""
-    path = tmp_path / "results.json"
-    write_atomically(path, "old")
-
-    def fail(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os if name == "fsync" else Path, name, fail)
-    with pytest.raises(OSError, match="No space left on device"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
 
 
 def test_memory_of_the_process():

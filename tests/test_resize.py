@@ -243,7 +243,6 @@ print("read nothing else")
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
 def test_reads_nothing_beside_the_image():
     """Between pages that may not be read, images are resized all the same."""
     done = run([sys.executable, "-c", GUARDED])

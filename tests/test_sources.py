@@ -6,18 +6,18 @@ import json
 import os
 import random
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from conftest import one_line, write
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
 from imagenet_swa.config import InputError
-from imagenet_swa.data import imagenet
+from imagenet_swa.data import imagenet, storage
 from imagenet_swa.data.index import ImageIndex, check_classes
 from imagenet_swa.data.sources import Source, broken_shards, scan, what_changed
 
@@ -39,14 +39,6 @@ IMAGES = {
     for path, length in files.items()
 }
 CLASSES = ("ant", "bee", "cat")
-
-
-def write(root: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return root
 
 
 def make_files(root: Path, *names: str) -> Path:
@@ -117,16 +109,6 @@ def contents_of(index: ImageIndex) -> dict[str, tuple[int, bytes]]:
 
 
 WANTED = {name: (label_of(name), content) for name, content in IMAGES.items()}
-
-
-def one_line(call: Callable[..., object], *arguments: object) -> str:
-    """The message of the InputError that the call raises, which must be one line."""
-    with pytest.raises(InputError) as caught:
-        call(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert len(message) < 1000
-    return message
 
 
 # ------------------------------------------------------------------------------------------------------ class folders
@@ -633,8 +615,18 @@ def test_s3_gives_what_local_files_give(tmp_path: Path, bucket: "Bucket"):
     remote_list = bucket.put("lists/train.txt", Path(listed.list_file).read_bytes())
     for list_file in (remote_list, listed.list_file):
         index = index_of(Source("train", files, list_file))
-        assert index.sizes.tolist() == [-1] * len(IMAGES)
-        assert {index.name(i): (int(index.labels[i]), index.read(i)) for i in range(len(index))} == WANTED
-    assert {index.name(i): index.read(i) for i in range(7)} == IMAGES
+        assert contents_of(index) == WANTED
+        assert index.fingerprint == index_of(listed).fingerprint
     here = index_of(Source("train", listed.path, remote_list))
     assert contents_of(here) == WANTED
+
+
+def test_listed_objects_that_are_not_there(tmp_path: Path, bucket: "Bucket"):
+    """A list that names a missing object is refused by its name, or marks it where missing images may be left out."""
+    bucket.put("files/ant/1.jpg", b"some bytes")
+    listed = write(tmp_path, {"list.txt": b"ant/1.jpg 0\nant/2.jpg 0\nbee/3.jpg 1\n"}) / "list.txt"
+    message = one_line(index_of, Source("train", f"{bucket.url}/files", str(listed)))
+    assert f"names {bucket.url}/files/ant/2.jpg and 1 more, not there" in message
+    index = index_of(Source("train", f"{bucket.url}/files", str(listed), missing_ok=True))
+    assert index.sizes.tolist() == [10, storage.WHOLE, storage.WHOLE]
+    assert "no such bucket or prefix" in one_line(index_of, Source("train", f"{bucket.url}/nowhere", str(listed)))

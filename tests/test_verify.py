@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from conftest import preprocessing
+from conftest import preprocessing, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -132,14 +132,6 @@ def decodes(data: bytes) -> bool:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
     return True
-
-
-def write(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return folder
 
 
 def config_of(train: Path | str, val: Path | str, *, num_classes: int = 1, **data: object) -> Config:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imagenet_swa.config import InputError
+from imagenet_swa.data.imagenet import SPLITS
+from imagenet_swa.files import write_atomically
 
-SPLITS = ("train", "val")
 _MAX_NAMES = 1000  # of one finding that verify.json holds
 
 # Every kind of finding: how bad, and what it is. An error is what training would stumble over or learn wrongly from.
@@ -127,21 +128,11 @@ def write_results(result: VerifyResult, folder: Path) -> None:
         ],
     }
     try:
-        _write(folder / "quarantine.tsv", os.fsencode("\n".join(quarantine) + "\n"))
-        _write(folder / "verify.json", json.dumps(about, indent=1).encode())
-        _write(folder / "verify.md", _markdown(result).encode(errors="backslashreplace"))
+        write_atomically(folder / "quarantine.tsv", os.fsencode("\n".join(quarantine) + "\n"))
+        write_atomically(folder / "verify.json", json.dumps(about, indent=1).encode())
+        write_atomically(folder / "verify.md", _markdown(result).encode(errors="backslashreplace"))
     except OSError as error:
         raise InputError(f"cannot write the results to {folder}: {error.strerror}; set verify.output to another folder") from None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Written aside, flushed, renamed."""
-    partial_path = path.with_name(f"{path.name}.partial")
-    with partial_path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial_path.replace(path)
 
 
 def _markdown(result: VerifyResult) -> str:

@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 
+SPLITS = ("train", "val")
 NUM_CLASSES = 1000
 NUM_TRAIN = 1_281_167
 NUM_VAL = 50_000

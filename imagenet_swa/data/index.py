@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from imagenet_swa.config import InputError
 from imagenet_swa.data import imagenet, storage
+from imagenet_swa.files import flush_file
 
 FORMAT = "imagenet-swa index 1"
 _COLUMNS = {"name": pa.large_binary(), "label": pa.int64(), "size": pa.int64(), "shard": pa.int32(), "offset": pa.int64()}
@@ -187,8 +188,7 @@ def _write(table: pa.Table, path: Path) -> None:
     with path.open("wb") as file:
         with pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table.combine_chunks())
-        file.flush()
-        os.fsync(file.fileno())
+        flush_file(file)
 
 
 def _digest_of_rest(about: dict[str, Any], index: ImageIndex) -> str:

@@ -10,6 +10,7 @@ from imagenet_swa.config import InputError
 from imagenet_swa.data import storage
 from imagenet_swa.data.index import ImageIndex, check_classes, check_labels, load_index, save_index
 from imagenet_swa.data.sources import Source, Track, scan, untracked, what_changed
+from imagenet_swa.files import existing
 
 
 def index_path(source: Source, folder: Path | None) -> str:
@@ -41,7 +42,7 @@ def build_index(
     path = index_path(source, folder)
     if storage.is_remote(path):
         raise InputError(f"the index of {source.path} cannot be written beside it; set data.index to a local folder")
-    above = _existing(Path(path).parent)
+    above = existing(Path(path).parent)
     if not above.is_dir():
         raise InputError(f"cannot write {path}: {above} is a file; set data.index to a folder")
     if not os.access(above, os.W_OK):
@@ -77,11 +78,6 @@ def _exists_remotely(path: str) -> bool:
         return storage.size_of(path) > 0
     except storage.ReadError:
         return False
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def read_quarantine(path: Path, split: str) -> list[bytes]:

@@ -9,13 +9,12 @@ import torch
 from imagenet_swa.config import Config, InputError, Preprocessing
 from imagenet_swa.data import resize
 from imagenet_swa.data.batch import BadImages, ImageLoader
+from imagenet_swa.data.imagenet import SPLITS
 from imagenet_swa.data.index import ImageIndex, check_classes, check_labels, check_same_classes, load_index
 from imagenet_swa.data.index_cache import build_index, find_index, index_path, read_quarantine
 from imagenet_swa.data.sources import Source, Track, scan, source_of, untracked
 from imagenet_swa.data.synthetic import SyntheticLoader, synthetic_index
 from imagenet_swa.runtime import Runtime, num_cpus
-
-SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)

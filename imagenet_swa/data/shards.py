@@ -19,7 +19,6 @@ from imagenet_swa.data.workers import begin_worker
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 NUM_THREADS = 16  # more than cores: on network file systems each answer takes long
-_BLOCK = 512  # a tar archive is made of these
 _SPLIT_OF_WORD = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 
 
@@ -122,43 +121,12 @@ def scan_shard(path: str) -> Shard:
     Raises:
         InputError: unreadable, compressed, cut short, an image without a label, or a label without an image.
     """
-    images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, int] = {}
-    others: dict[str, str] = {}  # key and name of members that are neither
-    unclear: dict[str, str] = {}  # key and name of what would be an image if its key ended at another dot
+    found = _Members(path)
     try:
         num_bytes, time = storage.size_and_time_of(path)
         with storage.open_to_read(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                key, _, extension = base.partition(".")
-                key = f"{folder}/{key}" if folder else key
-                is_image, is_label = f".{extension.lower()}" in EXTENSIONS, extension in ("cls", "json")
-                if base.startswith("._"):  # what macOS adds for its own sake
-                    continue
-                if (is_image or is_label) and (member.islnk() or member.issym() or member.issparse()):
-                    raise InputError(
-                        f"{path}: {member.name} is a link or sparse, without bytes of its own; write the shard with whole "
-                        "copies (tar --hard-dereference --dereference)"
-                    )
-                if not member.isfile():
-                    continue
-                if is_image:
-                    if key in images:
-                        raise InputError(f"{path}: two images have the key {key}: {images[key].name} and {member.name}")
-                    images[key] = member
-                elif is_label:
-                    label = _label_of(tar.extractfile(member), extension)
-                    if extension == "cls" or key not in labels:
-                        labels.update({} if label is None else {key: label})
-                elif extension == "tar":
-                    raise InputError(
-                        f"{path} holds tar files, as the official archive does; run `imagenet-swa prepare` on it first"
-                    )
-                else:
-                    others[key] = member.name
-                    if extension.lower().endswith(EXTENSIONS):
-                        unclear[key] = member.name
+                found.add(member, tar)
             _check_end(path, file, tar.offset)
     except tarfile.TarError as error:
         kind = "compressed, or no tar file" if "invalid header" in str(error) or "not a" in str(error) else str(error)
@@ -166,26 +134,11 @@ def scan_shard(path: str) -> Shard:
     except OSError as error:
         reason = error if isinstance(error, storage.ReadError) else storage.reason_of(error)
         raise InputError(f"cannot read the shard {path}: {reason}") from None
-    if lost := sorted(unclear.keys() - images.keys()):
-        raise InputError(
-            f"{path}: {unclear[lost[0]]} has a dot in its key, which ends at the first dot; write the shards with other keys"
-        )
-    unlabelled = sorted(images.keys() - labels.keys())
-    if unlabelled:
-        raise InputError(
-            f"{path}: {images[unlabelled[0]].name} has no label from 0 to {2**31 - 1}, nor have {len(unlabelled) - 1} others; "
-            f"wanted a member {unlabelled[0]}.cls with a number or .json with a label (an official archive goes through "
-            "`imagenet-swa prepare`)"
-        )
-    if unseen := sorted(labels.keys() - images.keys()):
-        raise InputError(
-            f"{path}: {others.get(unseen[0], unseen[0])} has a label but is no image that can be read; wanted members that end "
-            f"in {' '.join(EXTENSIONS)}; write the shard without it or convert it"
-        )
-    members = images.values()
+    found.check()
+    members = found.images.values()
     return Shard(
         [os.fsencode(member.name) for member in members],
-        [labels[key] for key in images],
+        [found.labels[key] for key in found.images],
         [member.offset_data for member in members],
         [member.size for member in members],
         num_bytes,
@@ -193,11 +146,76 @@ def scan_shard(path: str) -> Shard:
     )
 
 
+class _Members:
+    """A shard's members sorted by what they are: images and labels by key, and the names of all others by theirs, once more
+    of those that would be images if their keys ended at another dot.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.images: dict[str, tarfile.TarInfo] = {}
+        self.labels: dict[str, int] = {}
+        self._others: dict[str, str] = {}
+        self._unclear: dict[str, str] = {}
+
+    def add(self, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
+        """Sort in the next member. Raises InputError for what is an image or a label and cannot be used."""
+        folder, _, base = member.name.rpartition("/")
+        key, _, extension = base.partition(".")
+        key = f"{folder}/{key}" if folder else key
+        is_image, is_label = f".{extension.lower()}" in EXTENSIONS, extension in ("cls", "json")
+        if base.startswith("._"):  # what macOS adds for its own sake
+            return
+        if (is_image or is_label) and (member.islnk() or member.issym() or member.issparse()):
+            raise InputError(
+                f"{self._path}: {member.name} is a link or sparse, without bytes of its own; write the shard with whole "
+                "copies (tar --hard-dereference --dereference)"
+            )
+        if not member.isfile():
+            return
+        if extension == "tar":
+            raise InputError(
+                f"{self._path} holds tar files, as the official archive does; run `imagenet-swa prepare` on it first"
+            )
+        if is_image and key in self.images:
+            raise InputError(f"{self._path}: two images have the key {key}: {self.images[key].name} and {member.name}")
+        if is_image:
+            self.images[key] = member
+        elif is_label:
+            label = _label_of(tar.extractfile(member), extension)
+            if label is not None and (extension == "cls" or key not in self.labels):
+                self.labels[key] = label
+        else:
+            self._others[key] = member.name
+            if extension.lower().endswith(EXTENSIONS):
+                self._unclear[key] = member.name
+
+    def check(self) -> None:
+        """Raise InputError unless every image has a label, every label an image, and no key ends before its last dot."""
+        if lost := sorted(self._unclear.keys() - self.images.keys()):
+            raise InputError(
+                f"{self._path}: {self._unclear[lost[0]]} has a dot in its key, which ends at the first dot; write the "
+                "shards with other keys"
+            )
+        if unlabelled := sorted(self.images.keys() - self.labels.keys()):
+            more = f", nor have {len(unlabelled) - 1} others" if len(unlabelled) > 1 else ""
+            raise InputError(
+                f"{self._path}: {self.images[unlabelled[0]].name} has no label from 0 to {2**31 - 1}{more}; wanted a member "
+                f"{unlabelled[0]}.cls with a number or .json with a label (an official archive goes through "
+                "`imagenet-swa prepare`)"
+            )
+        if unseen := sorted(self.labels.keys() - self.images.keys()):
+            raise InputError(
+                f"{self._path}: {self._others.get(unseen[0], unseen[0])} has a label but is no image that can be read; wanted "
+                f"members that end in {' '.join(EXTENSIONS)}; write the shard without it or convert it"
+            )
+
+
 def _check_end(path: str, file: IO[bytes], end: int) -> None:
     """Where tarfile stops reading, at blocks of zeros or at anything that is no header, an archive has to end."""
     file.seek(end)
     rest = file.read(2**20)
-    if len(rest) < _BLOCK or any(rest[:_BLOCK]):
+    if len(rest) < tarfile.BLOCKSIZE or any(rest[: tarfile.BLOCKSIZE]):
         raise InputError(f"the shard {path} is cut short or damaged: its last whole member ends at byte {end}; copy it again")
     if any(rest):
         raise InputError(f"the shard {path} goes on after its end, as joined tar files do; write it again as one")

@@ -233,19 +233,27 @@ def _scan_list(source: Source, num_classes: int, track: Track[Any]) -> tuple[Ima
     assert source.list_file is not None
     content = _list_bytes(source.list_file)
     names, labels = _parse_list(source.list_file, content, num_classes)
-    sizes = np.full(len(names), storage.WHOLE, np.int64)
-    if not storage.is_remote(source.path):
-        starts = range(0, len(names), 4096)
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            tasks = pool.map(lambda start: _sizes_of(source, names[start : start + 4096]), starts)
-            parts = list(track(tasks, len(starts), f"{source.split}: thousands of files"))
-        sizes = np.concatenate(parts)
-        if (missing := np.flatnonzero(sizes == storage.WHOLE)).size and not source.missing_ok:
-            path = os.path.join(source.path, os.fsdecode(names[missing[0]]))
-            more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
-            raise InputError(f"{source.list_file} names {path}{more}, not there; its paths start from {source.path}")
-    state = {"kind": "list", "digest": _digest_of(content), "root": _absolute(source.path)}
+    sizes = _listed_sizes(source, names, track)
+    if (missing := np.flatnonzero(sizes == storage.WHOLE)).size and not source.missing_ok:
+        path = storage.join(source.path, os.fsdecode(names[missing[0]]))
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise InputError(f"{source.list_file} names {path}{more}, not there; its paths start from {source.path}")
+    state = {"kind": "list", "digest": hashlib.sha256(content).hexdigest(), "root": _absolute(source.path)}
     return make_index(source.path, names, labels, sizes), state
+
+
+def _listed_sizes(source: Source, names: Sequence[bytes], track: Track[Any]) -> np.ndarray:
+    """Bytes of each, -1 of those that are not there."""
+    if storage.is_remote(source.path):
+        try:
+            found = storage.sizes_below(source.path)
+        except storage.ReadError as error:
+            raise InputError(f"cannot list {source.path}: {error}") from None
+        return np.array([found.get(os.fsdecode(name), storage.WHOLE) for name in names], np.int64)
+    starts = range(0, len(names), 4096)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        tasks = pool.map(lambda start: _sizes_of(source, names[start : start + 4096]), starts)
+        return np.concatenate(list(track(tasks, len(starts), f"{source.split}: thousands of files")))
 
 
 def _absolute(path: str) -> str:
@@ -254,7 +262,7 @@ def _absolute(path: str) -> str:
 
 def _changed_list(index: ImageIndex, state: dict[str, Any], source: Source) -> str | None:
     assert source.list_file is not None
-    if _digest_of(_list_bytes(source.list_file)) != state["digest"]:
+    if hashlib.sha256(_list_bytes(source.list_file)).hexdigest() != state["digest"]:
         return f"{source.list_file} has another content"
     if state.get("root") != _absolute(source.path):
         return f"it was built for paths below {state.get('root')}"
@@ -311,10 +319,6 @@ def _sizes_of(source: Source, names: Sequence[bytes]) -> np.ndarray:
             raise InputError(f"{source.list_file} names the folder {path}; wanted an image in each line")
         sizes[number] = found.st_size
     return sizes
-
-
-def _digest_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------------- shards

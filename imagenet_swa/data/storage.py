@@ -224,6 +224,20 @@ def list_files(folder: str, *, missing_ok: bool = True) -> list[str]:
         raise ReadError(reason_of(error)) from None
 
 
+def sizes_below(prefix: str) -> dict[str, int]:
+    """Sizes of all objects below a prefix of S3, by their names below it: a request for each thousand. Raises ReadError."""
+    from pyarrow.fs import FileSelector, FileType
+
+    key = prefix.removeprefix("s3://").rstrip("/")
+    try:
+        found = _s3(key.partition("/")[0]).get_file_info(FileSelector(key, recursive=True))
+    except FileNotFoundError:
+        raise ReadError("no such bucket or prefix") from None
+    except OSError as error:
+        raise ReadError(reason_of(error)) from None
+    return {info.path.removeprefix(f"{key}/"): info.size for info in found if info.type == FileType.File}
+
+
 def files_below(
     root: bytes, top: bytes, endings: tuple[bytes, ...], *, with_sizes: bool = True
 ) -> tuple[list[bytes], np.ndarray, dict[str, int]]:

@@ -5,6 +5,7 @@ neither the number of workers nor interruptions leave a trace. A unit of it, a s
 renamed and then noted in a journal, from which the same command goes on.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,11 +25,12 @@ from imagenet_swa.data.index_cache import index_path
 from imagenet_swa.data.prepare.archives import Item, Origin, key_of, open_origin
 from imagenet_swa.data.prepare.copies import Copy, Recipe, UndecodableError, make_copy, pixel_difference
 from imagenet_swa.data.prepare.journal import Journal
-from imagenet_swa.data.prepare.report import describe, make_report, save_report
+from imagenet_swa.data.prepare.report import describe, make_report
 from imagenet_swa.data.prepare.units import FolderOutput, ShardOutput, Unit, digest_of
 from imagenet_swa.data.restart import add_restart_markers
 from imagenet_swa.data.sources import Source, Track, scan, untracked
 from imagenet_swa.data.workers import in_order
+from imagenet_swa.files import write_atomically
 
 _MIB = 2**20
 _FREE = (
@@ -177,7 +179,7 @@ def prepare(settings: PrepareSettings, track: Track[Any] = untracked, say: Calla
         report = make_report(
             journal.units, index, split=settings.split, source=settings.source, words=origin.words, settings=_identity(settings)
         )
-    save_report(report, settings.output / f"prepare-{settings.split}.json")
+    write_atomically(settings.output / f"prepare-{settings.split}.json", json.dumps(report, indent=2) + "\n")
     flags = [f"--data.{settings.split}={settings.target}"]
     if output.list_file is not None:
         flags.append(f"--data.{settings.split}_list={output.list_file}")
@@ -314,7 +316,7 @@ def _count(unit: Unit, done: _Done) -> None:
         unit.difference_max = max(unit.difference_max, most)
 
 
-# --------------------------------------------------------------------------------------------- ---------- verification
+# -------------------------------------------------------------------------------------------------------- verification
 
 
 def _verify(settings: PrepareSettings, list_file: Path | None, units: list[Unit], track: Track[Any]) -> ImageIndex:

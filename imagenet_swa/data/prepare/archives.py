@@ -17,7 +17,6 @@ from imagenet_swa.data.prepare.labels import read_labels
 from imagenet_swa.data.prepare.parquet import ParquetImages, parquet_files
 from imagenet_swa.data.sources import EXTENSIONS, Source, Track, scan, untracked
 
-_BLOCK = 512  # a tar archive is made of these
 _BYTES_PER_IMAGE = 115_439  # of ILSVRC2012_img_train.tar, headers included
 
 
@@ -146,7 +145,7 @@ def _check_split(path: str, split: str) -> None:
     """Refuse an official file of the other split."""
     other, starts = ("val", "ILSVRC2012_img_val|validation-") if split == "train" else ("train", "ILSVRC2012_img_train|train-")
     inside = [] if storage.is_remote(path) or not Path(path).is_dir() else os.listdir(path)
-    for name in [_base(path), *(inside if all(name.startswith("ILSVRC2012_") for name in inside) else [])]:
+    for name in [os.path.basename(path), *(inside if all(name.startswith("ILSVRC2012_") for name in inside) else [])]:
         if re.match(starts, name) and name.endswith((".tar", ".parquet")):
             raise InputError(f"{name} in {path} is the {other} split, but split is {split}; add --split {other}")
 
@@ -165,14 +164,14 @@ def _class_archives_in(path: str) -> list[str]:
 
 
 def _from_class_archives(path: str, archives: list[str], split: str, num_classes: int, track: Track[Any]) -> Origin:
-    """A folder of `nXXXXXXXX.tar`."""
+    """A folder of tar files named by synsets, such as n01440764.tar."""
     positions = {synset: label for label, synset in enumerate(imagenet.synsets())}
     names, labels, sizes, shards, offsets = [], [], [], [], []
     for shard, archive in enumerate(track(archives, len(archives), f"{split}: class archives")):
         synset = archive.removesuffix(".tar")
         for member in _members(os.path.join(path, archive)):
             if _is_image(member.name):
-                names.append(os.fsencode(f"{synset}/{_base(member.name)}"))
+                names.append(os.fsencode(f"{synset}/{os.path.basename(member.name)}"))
                 labels.append(positions[synset])
                 sizes.append(member.size)
                 shards.append(shard)
@@ -188,7 +187,7 @@ def _from_archive(path: str, split: str, labels: Path | None, num_classes: int) 
     if _first_files(path)[0].endswith(".tar"):
         require(labels is None, f"{path} holds a tar file per class, which gives the labels; leave labels out")
         size = storage.size_of(path)
-        identity = {"archive": _base(path), "bytes": size}
+        identity = {"archive": os.path.basename(path), "bytes": size}
         number = max(1, round(size / _BYTES_PER_IMAGE))
 
         def items(start: int) -> Iterator[Item]:
@@ -206,7 +205,7 @@ def _from_archive(path: str, split: str, labels: Path | None, num_classes: int) 
         members.sort(key=lambda member: member.name)
         names = [member.name for member in members]
         if len({name.rpartition("/")[0] for name in names}) == 1:  # all in one folder, which is no class
-            names = [_base(name) for name in names]
+            names = [os.path.basename(name) for name in names]
         numbers, are_synsets = read_labels(labels, names, num_classes)
         folders = imagenet.synsets() if are_synsets else None
         words = "an archive of images with labels from elsewhere"
@@ -219,19 +218,15 @@ def _from_archive(path: str, split: str, labels: Path | None, num_classes: int) 
         numbers,
         [member.size for member in members],
         classes,
-        shards=(_base(path),),
+        shards=(os.path.basename(path),),
         shard_numbers=np.zeros(len(members), np.int32),
         offsets=np.array([member.offset_data for member in members], np.int64),
     )
     return _from_index(index, words, split, num_classes, folders)
 
 
-def _base(path: str) -> str:
-    return path.rpartition("/")[2]
-
-
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not _base(name).startswith("._")  # macOS adds such
+    return name.lower().endswith(EXTENSIONS) and not os.path.basename(name).startswith("._")  # macOS adds such
 
 
 def _classes_of(path: str, members: list[tarfile.TarInfo]) -> tuple[list[tarfile.TarInfo], list[str], list[int], tuple[str, ...]]:
@@ -256,18 +251,18 @@ def _classes_of(path: str, members: list[tarfile.TarInfo]) -> tuple[list[tarfile
 
 def _devkit_beside(path: str) -> Path | None:
     """The development kit in the folder of the official validation archive."""
-    if storage.is_remote(path) or not _base(path).startswith("ILSVRC2012_img_val"):
+    if storage.is_remote(path) or not os.path.basename(path).startswith("ILSVRC2012_img_val"):
         return None
     found = [Path(path).with_name(name) for name in ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12")]
     return next((devkit for devkit in found if devkit.exists()), None)
 
 
 def _nested_items(path: str, num_classes: int) -> Iterator[Item]:
-    """Images of a tar of `nXXXXXXXX.tar`, in one pass over the headers; where their bytes lie, not the bytes."""
+    """Images of a tar of tars such as n01440764.tar, in one pass over the headers; where their bytes lie, not the bytes."""
     positions = {synset: label for label, synset in enumerate(imagenet.synsets())}
     with storage.open_to_read(path) as file:
         for outer in _members(path):
-            synset = _base(outer.name).removesuffix(".tar")
+            synset = os.path.basename(outer.name).removesuffix(".tar")
             if not outer.name.endswith(".tar") or synset not in positions or positions[synset] >= num_classes:
                 raise InputError(
                     f"{path} holds {outer.name}; wanted tar files named by ImageNet-1k's synsets, such as n01440764.tar, "
@@ -275,7 +270,7 @@ def _nested_items(path: str, num_classes: int) -> Iterator[Item]:
                 )
             for inner in _members(f"{path}:{outer.name}", file, outer.offset_data, outer.size):
                 if _is_image(inner.name):
-                    name = f"{synset}/{_base(inner.name)}"
+                    name = f"{synset}/{os.path.basename(inner.name)}"
                     yield Item(name, positions[synset], Location(path, outer.offset_data + inner.offset_data, inner.size))
 
 
@@ -321,7 +316,7 @@ def _members(path: str, file: Any = None, start: int = 0, size: int | None = Non
             for member in archive:
                 archive.members = []  # or it would keep all of them
                 if member.isfile():
-                    end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     yield member
     except tarfile.TarError as error:
         what = "compressed, or no tar file" if "invalid header" in str(error) else f"cut short or damaged ({error})"
@@ -329,7 +324,7 @@ def _members(path: str, file: Any = None, start: int = 0, size: int | None = Non
     except OSError as error:
         reason = error if isinstance(error, storage.ReadError) else storage.reason_of(error)
         raise InputError(f"cannot read the archive {path}: {reason}") from None
-    if size < end + _BLOCK:  # an archive ends with blocks of zeros
+    if size < end + tarfile.BLOCKSIZE:  # an archive ends with blocks of zeros
         raise InputError(f"the archive {path} is cut short: {size} bytes, its last member ends at {end}; copy it again")
 
 

@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from imagenet_swa.data.encoded import FORMATS
 from imagenet_swa.data.restart import add_restart_markers
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")  # what the loaders decode, whatever a file's name says
 EVALUATION_RESIZE, EVALUATION_SIZE = 256, 224
 MCU_PIXELS = 64  # between restart markers
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)

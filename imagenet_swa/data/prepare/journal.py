@@ -8,7 +8,8 @@ from typing import IO, Any
 
 from imagenet_swa.config import InputError, require
 from imagenet_swa.data import storage
-from imagenet_swa.data.prepare.units import FolderOutput, ShardOutput, Unit, flush
+from imagenet_swa.data.prepare.units import FolderOutput, ShardOutput, Unit
+from imagenet_swa.files import flush_file
 
 FORMAT = "imagenet-swa prepare 1"
 
@@ -95,7 +96,7 @@ class Journal:
     def _append(self, entry: dict[str, Any]) -> None:
         assert self._file is not None
         self._file.write(json.dumps(entry).encode() + b"\n")
-        flush(self._file)
+        flush_file(self._file)
 
 
 def _short(value: Any) -> str:

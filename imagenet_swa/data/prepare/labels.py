@@ -1,6 +1,7 @@
 """Labels that stand apart from their images: lists, and the development kit of the official validation archive."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,11 @@ def read_labels(path: Path, names: list[str], num_classes: int) -> tuple[list[in
         return values, are_synsets
     by_name: dict[str, int] = {}
     for (number, (name, _)), value in zip(rows, values, strict=True):
-        if by_name.setdefault(_base(name), value) != value:
+        if by_name.setdefault(os.path.basename(name), value) != value:
             raise InputError(f"{path}:{number}: {name} has another label further up")
-    missing = [name for name in names if _base(name) not in by_name]
+    missing = [name for name in names if os.path.basename(name) not in by_name]
     require(not missing, f"{path} has no label for {len(missing):,} of {len(names):,} images, such as {(missing or [''])[0]}")
-    return [by_name[_base(name)] for name in names], are_synsets
-
-
-def _base(path: str) -> str:
-    return path.rpartition("/")[2]
+    return [by_name[os.path.basename(name)] for name in names], are_synsets
 
 
 def _check_number(path: Path, number: int, names: list[str]) -> None:
@@ -102,7 +99,7 @@ def _devkit_files(path: Path) -> tuple[bytes, bytes]:
         else:
             with tarfile.open(path) as kit:
                 for member in kit:
-                    name = _base(member.name)
+                    name = os.path.basename(member.name)
                     if name in (_TRUTH, _META) and (file := kit.extractfile(member)) is not None:
                         found[name] = file.read()
     except (OSError, tarfile.TarError, EOFError) as error:

@@ -1,5 +1,6 @@
 """Images in parquet files as the Hub's `ILSVRC/imagenet-1k` has them: a column `image` of bytes and path, a column `label`."""
 
+import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -35,19 +36,15 @@ def parquet_files(path: str, split: str) -> list[str]:
     return []
 
 
-def _base(path: str) -> str:
-    return path.rpartition("/")[2]
-
-
 def _of_split(files: list[str], folder: str, split: str) -> list[str]:
     starts = ("train",) if split == "train" else ("val",)  # `validation-` too
-    found = [file for file in files if _base(file).startswith(starts)]
+    found = [file for file in files if os.path.basename(file).startswith(starts)]
     require(
         bool(found),
-        f"{folder} holds {len(files)} parquet files, such as {_base(files[0])}, none whose name starts with "
+        f"{folder} holds {len(files)} parquet files, such as {os.path.basename(files[0])}, none whose name starts with "
         f"{starts[0]!r}; set split, or give a pattern such as '{folder}/*.parquet'",
     )
-    _, _, total = _base(found[0]).removesuffix(".parquet").partition("-of-")
+    _, _, total = os.path.basename(found[0]).removesuffix(".parquet").partition("-of-")
     number = total.partition("-")[0]
     require(
         not number.isdecimal() or int(number) == len(found),
@@ -68,7 +65,7 @@ class ParquetImages:
         self._starts = [0, *np.cumsum(numbers).tolist()]
         require(len(self) > 0, f"{files[0]} and {len(files) - 1} other parquet files hold no rows")
         self.identity = {
-            "files": [_base(path) for path in files],
+            "files": [os.path.basename(path) for path in files],
             "bytes": sum(storage.size_of(path) for path in files),
             "rows": len(self),
         }
@@ -136,4 +133,4 @@ def _row(where: str, number: int, image: dict[str, Any] | None, label: int | Non
     name = (image or {}).get("path") or ""
     if not name.lower().endswith(EXTENSIONS):
         name = f"{number:08d}" + (".png" if data.startswith(b"\x89PNG") else ".jpg")
-    return (_base(name) if name.startswith("/") else name), label, data
+    return (os.path.basename(name) if name.startswith("/") else name), label, data

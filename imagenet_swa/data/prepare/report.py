@@ -1,11 +1,8 @@
 """What `prepare` did, as numbers for programs and lines for people."""
 
 import itertools
-import json
-import os
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from imagenet_swa.data.index import ImageIndex
@@ -79,13 +76,3 @@ def describe(report: dict[str, Any]) -> Iterable[str]:
         f"read back: names, labels and bytes of all {report['images']:,} images are those written; "
         f"fingerprint {report['fingerprint'][:12]}"
     )
-
-
-def save_report(report: dict[str, Any], path: Path) -> None:
-    """Written aside, flushed, renamed."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(json.dumps(report, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -16,6 +16,7 @@ from imagenet_swa.config import InputError, TrainingError, require
 from imagenet_swa.data import storage
 from imagenet_swa.data.prepare.archives import Item, key_of
 from imagenet_swa.data.shards import NUM_THREADS, scan_shard, shard_pool
+from imagenet_swa.files import flush, flush_file
 
 _RECORD = 10_240  # tar files are filled up to a multiple of this
 
@@ -111,12 +112,12 @@ class ShardOutput:
             return
         end = self._file.tell() + 2 * tarfile.BLOCKSIZE
         self._file.write(bytes(2 * tarfile.BLOCKSIZE + -end % _RECORD))
-        flush(self._file)
+        flush_file(self._file)
         unit.num_file_bytes = self._file.tell()
         self._file.close()
         self._file = None
         self._partial(unit).rename(self._partial(unit).with_suffix(""))
-        _flush_folder(self._folder)
+        flush(self._folder)
 
     def discard(self) -> None:
         """Leave out what was not committed."""
@@ -218,7 +219,7 @@ class FolderOutput:
         """Wait until all is on the disk, the list's part too."""
         assert self._list is not None
         self._list.write(b"".join(self._lines))
-        flush(self._list)
+        flush_file(self._list)
         unit.num_file_bytes = self._list.tell()
         unit.digest = self._digest.hex()
         os.sync()
@@ -232,7 +233,7 @@ class FolderOutput:
     def finish(self) -> None:
         """Give the list its final name."""
         self._partial_list.rename(self.list_file)
-        _flush_folder(self._folder.parent)
+        flush(self._folder.parent)
 
     def num_whole(self, units: list[Unit]) -> int:
         """How many of the committed units, from the first on, are still there: their part of the list, and the files in it."""
@@ -279,17 +280,3 @@ class FolderOutput:
     def strange_files(self) -> list[str]:
         """Anything; asked only where nothing should be there yet."""
         return sorted(entry.name for entry in self._folder.iterdir())
-
-
-def flush(file: IO[bytes]) -> None:
-    """Wait until a file's bytes are on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
