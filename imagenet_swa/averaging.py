@@ -30,6 +30,12 @@ class WeightAverage:
         self._average = {name: tensor.clone() for name, tensor in self._pretrained.items()}
         self.num_averaged = 0
 
+    def start_from(self, weights: Weights) -> None:
+        """Take these for the pretrained weights and forget all captures."""
+        self._pretrained = {name: tensor.clone() for name, tensor in weights.items()}
+        self._average = {name: tensor.clone() for name, tensor in weights.items()}
+        self.num_averaged = 0
+
     def update(self, captured: Weights) -> None:
         """Fold in the weights of the end of a cycle: w <- (w n + captured) / (n + 1), n captures before it."""
         n = self.num_averaged

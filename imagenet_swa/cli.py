@@ -1,20 +1,17 @@
 """The commands: parse, call, exit code. What a command needs is imported when it runs."""
 
-import dataclasses
-import difflib
 import errno
 import os
-import re
 import sys
 import time
-import warnings
-from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TypeVar
 
 from imagenet_swa import __version__
-from imagenet_swa.config import Config, InputError, TrainingError, require
+from imagenet_swa.arguments import parse_config, parse_config_and, parse_run_and, parse_settings
+from imagenet_swa.config import InputError, TrainingError, require
 
 T = TypeVar("T")
 
@@ -22,19 +19,30 @@ USAGE = f"""imagenet-swa {__version__}: make pretrained ImageNet networks better
 
 usage: imagenet-swa COMMAND [--config FILE] [--section.setting VALUE ...]
 
-commands:
-  train     fine-tune, average, recompute BatchNorm, evaluate, report
-            (on several GPUs: accelerate launch -m imagenet_swa.train --config FILE)
-  evaluate  top-1, top-5 and NLL of the configured network, or of --model.weights FILE
-  report    imagenet-swa report RUN [RUN ...]: the result table of a run folder, or one line per run of several
-  index     list the images of data.train and data.val once, into a file beside them or in data.index, which every run
-            then starts from (--rebuild after the data changed)
-  verify    look at every image, decode them with --full; a report, and a list of bad images for data.quarantine
-  prepare   imagenet-swa prepare SOURCE OUTPUT: official archives, parquet, folders, lists or shards to tar shards or folders,
-            smaller or with restart markers if wanted
-  bench     imagenet-swa bench loader: images/s of our loader and its alternatives on your data
-  doctor    check configuration, data, launcher, GPUs, DALI and disk, and measure the pretrained baseline
-            (--skip_baseline leaves the measurement out)
+a run:
+  train      fine-tune, average, recompute BatchNorm, evaluate, report
+             (on several GPUs: accelerate launch -m imagenet_swa.train --config FILE)
+  evaluate   top-1, top-5 and NLL of the configured network, or of --model.weights FILE
+  doctor     check configuration, data, launcher, GPUs, DALI and disk, and measure the pretrained baseline
+             (--skip_baseline leaves the measurement out)
+  schedule   imagenet-swa schedule PICTURE.png --config FILE: learning rate and captures against the step
+
+what its results mean:
+  report     imagenet-swa report RUN [RUN ...] [--output FOLDER]: tables beside the paper's, gains with their intervals,
+             as Markdown, HTML and JSON
+  averages   imagenet-swa averages RUN: all averages of a run's captures side by side
+  ensemble   imagenet-swa ensemble RUN: the ensemble of the captures against their average (sec. 3.5)
+  landscape  imagenet-swa landscape rays|line|plane RUN: loss and error around weights (figs. 1, 3, 4, 5)
+  study      imagenet-swa study GRID: a grid of runs, such as the paper's learning rates (fig. 6); see launch/study.sh
+
+data:
+  index      list the images of data.train and data.val once, into a file beside them or in data.index, which every run
+             then starts from (--rebuild after the data changed)
+  verify     look at every image, decode them with --full; a report, and a list of bad images for data.quarantine
+  prepare    imagenet-swa prepare SOURCE OUTPUT: official archives, parquet, folders, lists or shards to tar shards or folders,
+             smaller or with restart markers if wanted
+  import     imagenet-swa import cifar10|cifar100 SOURCE OUTPUT: CIFAR's original binaries to folders of images
+  bench      imagenet-swa bench loader: images/s of our loader and its alternatives on your data
 
 imagenet-swa COMMAND --help lists every setting; --print_config shows the configuration that results.
 exit codes: 0 done, 1 failed, 2 unusable input, 130 interrupted
@@ -44,6 +52,8 @@ exit codes: 0 done, 1 failed, 2 unusable input, 130 interrupted
 _GOES_ON = {
     "train": "; checkpoints already written are whole, and the same command goes on from the last one",
     "prepare": "; what was written is whole, and the same command goes on with the rest",
+    "import": "; the same command starts again with the split that was being written",
+    "landscape": "; the points measured so far are kept, and the same command goes on with the rest",
 }
 
 
@@ -112,17 +122,78 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 
 def _report(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0].startswith("-"):
-        print("usage: imagenet-swa report RUN [RUN ...]")
-        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    from imagenet_swa.report import COLUMNS, RUN_COLUMNS, compare_runs, load_run, print_table, table_rows, write_report
+    usage = "usage: imagenet-swa report RUN [RUN ...] [--output FOLDER]"
+    words, output = list(arguments), None
+    for flag in [word for word in words if word.split("=")[0] == "--output"]:
+        at = words.index(flag)
+        require("=" in flag or at + 1 < len(words), f"--output wants a folder; {usage}")
+        output = Path(flag.partition("=")[2] or words.pop(at + 1))
+        words.pop(at)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if words else 2
+    require(not any(word.startswith("-") for word in words), f"unknown flag among {' '.join(words)}; {usage}")
+    from imagenet_swa.report import COLUMNS, load_run, print_table, report_runs, table_rows, write_report
 
-    runs = [load_run(Path(folder)) for folder in arguments]
-    if len(runs) == 1:
+    runs = [load_run(Path(folder)) for folder in words]
+    if len(runs) == 1 and output is None:
         print_table(COLUMNS, table_rows(runs[0]))
-        print(f"report: {write_report(runs[0].folder)}")
+        path = write_report(runs[0].folder)
     else:
-        print_table(RUN_COLUMNS, compare_runs(runs))
+        path = report_runs(runs, output)
+    print(f"report: {path.with_suffix('.html')} (also .md, .json)")
+    return 0
+
+
+def _averages(arguments: Sequence[str]) -> int:
+    from imagenet_swa.analysis.averages import AveragesSettings, averages
+
+    about = "All averages of a run's captures side by side, at no extra training."
+    averages(*parse_run_and("averages", AveragesSettings, arguments, "imagenet-swa averages", about))
+    return 0
+
+
+def _ensemble(arguments: Sequence[str]) -> int:
+    from imagenet_swa.analysis.ensemble import EnsembleSettings, ensemble
+
+    about = "The ensemble of a run's captures against their average (sec. 3.5)."
+    ensemble(*parse_run_and("ensemble", EnsembleSettings, arguments, "imagenet-swa ensemble", about))
+    return 0
+
+
+def _landscape(arguments: Sequence[str]) -> int:
+    from imagenet_swa.analysis.landscape import LandscapeSettings, landscape
+
+    kinds = ("rays", "line", "plane")
+    wanted = f"wanted `imagenet-swa landscape {'|'.join(kinds)} RUN`"
+    rest = list(arguments)
+    kind = rest.pop(0) if rest and rest[0] not in ("-h", "--help") else None
+    require(kind in (*kinds, None) and bool(rest), f"{wanted}, got {' '.join(arguments[:1]) or 'nothing after landscape'}")
+    prog, about = f"imagenet-swa landscape {kind or '|'.join(kinds)}", "Loss and error around the weights of a run."
+    if kind is not None and rest[0] not in ("-h", "--help"):
+        rest.insert(1, f"--landscape.kind={kind}")
+    landscape(*parse_run_and("landscape", LandscapeSettings, rest, prog, about))
+    return 0
+
+
+def _study(arguments: Sequence[str]) -> int:
+    from imagenet_swa.study import study
+
+    return study(arguments)
+
+
+def _schedule(arguments: Sequence[str]) -> int:
+    words = list(arguments)
+    picture = Path(words.pop(0)) if words and not words[0].startswith("-") else None
+    about = "Learning rate and captures against the step, as a picture: imagenet-swa schedule PICTURE.png --config FILE"
+    config = parse_config(words, "imagenet-swa schedule PICTURE.png", about)
+    require(picture is not None, "wanted `imagenet-swa schedule PICTURE.png --config FILE`")
+    assert picture is not None
+    from imagenet_swa.data.imagenet import NUM_TRAIN
+    from imagenet_swa.report import plot_schedule
+
+    plot_schedule(config, NUM_TRAIN // config.global_batch_size, picture)
+    print(f"picture: {picture}")
     return 0
 
 
@@ -165,14 +236,30 @@ def _prepare(arguments: Sequence[str]) -> int:
     from imagenet_swa.data.prepare import PrepareSettings, prepare
     from imagenet_swa.data.sources import progress_bar
 
-    positional = [word for word in arguments[:2] if not word.startswith("-")]
-    if not arguments:
-        raise InputError("wanted `imagenet-swa prepare SOURCE OUTPUT [--setting VALUE ...]` (all settings: --help)")
-    named = [f"--{name}={word}" for name, word in zip(("source", "output"), positional, strict=False)]
-    about = "Tar shards or class folders with an index from any source: imagenet-swa prepare SOURCE OUTPUT [--setting VALUE ...]"
-    settings = parse_settings(PrepareSettings, [*named, *arguments[len(positional) :]], "imagenet-swa prepare", about)
+    settings = _settings_of_words(PrepareSettings, ("source", "output"), arguments, "imagenet-swa prepare")
     prepare(settings, track=progress_bar)
     return 0
+
+
+def _import(arguments: Sequence[str]) -> int:
+    from imagenet_swa.data.prepare.cifar import ImportSettings, import_dataset
+    from imagenet_swa.data.sources import progress_bar
+
+    settings = _settings_of_words(ImportSettings, ("dataset", "source", "output"), arguments, "imagenet-swa import")
+    result = import_dataset(settings, track=progress_bar)
+    for split, num_images in result.num_images.items():
+        print(f"{split}: {num_images:,} images")
+    print(f"use them with: {' '.join(result.flags)}")
+    return 0
+
+
+def _settings_of_words(cls: type[T], names: Sequence[str], arguments: Sequence[str], prog: str) -> T:
+    """Settings whose first fields may be given as bare words in front."""
+    usage = f"{prog} {' '.join(name.upper() for name in names)}"
+    require(bool(arguments), f"wanted `{usage} [--setting VALUE ...]` (all settings: --help)")
+    leading = list(takewhile(lambda word: not word.startswith("-"), arguments[: len(names)]))
+    named = [f"--{name}={word}" for name, word in zip(names, leading, strict=False)]
+    return parse_settings(cls, [*named, *arguments[len(leading) :]], prog, f"{cls.__doc__}: {usage} [--setting VALUE ...]")
 
 
 def _bench(arguments: Sequence[str]) -> int:
@@ -210,136 +297,16 @@ def _doctor(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
+    "doctor": _doctor,
+    "schedule": _schedule,
     "report": _report,
+    "averages": _averages,
+    "ensemble": _ensemble,
+    "landscape": _landscape,
+    "study": _study,
     "index": _index,
     "verify": _verify,
     "prepare": _prepare,
+    "import": _import,
     "bench": _bench,
-    "doctor": _doctor,
 }
-
-
-# ---------------------------------------------------------------------------------------- flags and YAML -> dataclasses
-
-
-def parser_for_config(prog: str, description: str, **groups: type) -> Any:
-    """A jsonargparse parser: `--config FILE`, a flag for every field, `--print_config`, help from the docstrings.
-
-    `groups` are dataclasses of further settings, each under the name that it is given by.
-    """
-    parser = _bare_parser(prog, description)
-    parser.add_class_arguments(Config)
-    for name, cls in groups.items():
-        parser.add_class_arguments(cls, name)
-    return parser
-
-
-def _bare_parser(prog: str, description: str) -> Any:
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="A YAML file of settings; later flags override it.")
-    return parser
-
-
-def parse_config(arguments: Sequence[str], prog: str, description: str) -> Config:
-    """Flags and the YAML files they name as a checked `Config`.
-
-    Raises:
-        InputError: a misspelt key, a wrong type, a value out of range, or a file that cannot be read.
-        SystemExit: after `--help` or `--print_config`.
-    """
-    return Config(**_parse(parser_for_config(prog, description), arguments, Config))
-
-
-def parse_config_and(name: str, cls: type[T], arguments: Sequence[str], prog: str, description: str) -> tuple[Config, T]:
-    """`parse_config`, and settings of another dataclass given as `--name.field`."""
-    values = _parse(parser_for_config(prog, description, **{name: cls}), arguments, Config, {name: cls})
-    settings = values.pop(name)
-    return Config(**values), settings
-
-
-def parse_settings(cls: type[T], arguments: Sequence[str], prog: str, description: str) -> T:
-    """Settings of one dataclass alone, given as `--field`."""
-    parser = _bare_parser(prog, description)
-    parser.add_class_arguments(cls)
-    return cls(**_parse(parser, arguments, cls))
-
-
-def _parse(parser: Any, arguments: Sequence[str], cls: type, groups: Mapping[str, type] | None = None) -> dict[str, Any]:
-    """Values of the fields of `cls`, and an instance for each group."""
-    names = _field_names(cls) + [f"{group}.{name}" for group, of in (groups or {}).items() for name in _field_names(of)]
-    switches = _field_names(cls, only_bool=True)
-    switches += [f"{group}.{name}" for group, of in (groups or {}).items() for name in _field_names(of, only_bool=True)]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            namespace = parser.parse_args(_with_explicit_true(arguments, switches))
-            _check_filled(namespace, cls)
-            for name, group in (groups or {}).items():
-                _check_filled(namespace[name], group, f"{name}.")
-            values = dict(parser.instantiate(namespace))
-    except ArgumentError as error:
-        raise InputError(_one_line(str(error), names, parser.prog)) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"the configuration file is not UTF-8 text: {error}") from None
-    values.pop("config")
-    return values
-
-
-def _field_names(cls: Any, prefix: str = "", only_bool: bool = False) -> list[str]:
-    names: list[str] = []
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(f.type):
-            names += _field_names(f.type, f"{prefix}{f.name}.", only_bool)
-        elif f.type is bool or not only_bool:
-            names.append(prefix + f.name)
-    return names
-
-
-def _check_filled(namespace: Any, cls: Any, prefix: str = "") -> None:
-    """jsonargparse lets an empty value through for every setting, and any value for a whole section."""
-    for f in dataclasses.fields(cls):
-        name, value = prefix + f.name, namespace[f.name]
-        if dataclasses.is_dataclass(f.type):
-            require(hasattr(value, "get"), f"{name} is a section, got {value!r}; wanted its settings, indented, below `{name}:`")
-            _check_filled(value, f.type, f"{name}.")
-        else:
-            optional = type(None) in get_args(f.type) or f.default is dataclasses.MISSING
-            require(value is not None or optional, f"{name} is empty; give a value or leave it out")
-
-
-def _with_explicit_true(arguments: Sequence[str], switches: Sequence[str]) -> list[str]:
-    """`--data.synthetic` alone means `--data.synthetic=true`, as people write switches."""
-    flags = {f"--{name}" for name in switches}
-    pairs = zip(arguments, [*arguments, "--"][1:], strict=True)
-    return [a + "=true" if a in flags and b.startswith("-") else a for a, b in pairs]
-
-
-_PLAINER = (
-    (
-        r"Does not validate against any of the Union subtypes Subtypes: \[(.+), NoneType\] Errors: .* Given value: ",
-        r"Expected \1. Got value: ",
-    ),
-    (r"Expected a typing\.Literal\[", "Expected one of ["),
-)
-
-
-def _one_line(message: str, names: Sequence[str], prog: str) -> str:
-    """jsonargparse's message as one line, with the nearest setting's name where a key was not known."""
-    message = re.sub(r"\s*\n\s*", " ", message.strip()).replace('Parser key "', '"').replace("<class '", "").replace("'>", "")
-    for pattern, plain in _PLAINER:
-        message = re.sub(pattern, plain, message)
-    if message.startswith("Unexpected config:"):
-        return f"the configuration file holds no settings; wanted lines such as `seed: 1`, got {message[19:79]!r}"
-    unknown = re.search(
-        r"unrecognized arguments: --([\w.-]+)|Group '([\w.]+)' does not accept option '([^']+)'|[Oo]ption '([^']+)'", message
-    )
-    if unknown:
-        flag, group, option, alone = unknown.groups()
-        key = flag or (f"{group}.{option}" if group else alone)
-        near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"unknown setting {key}{hint} (all settings: {prog} --help)"
-    return message

@@ -11,7 +11,7 @@ import torch
 from imagenet_swa.config import Config, InputError, Preprocessing
 from imagenet_swa.data import imagenet, resize
 from imagenet_swa.data.index import ImageIndex
-from imagenet_swa.data.loaders import build_indices, build_loaders
+from imagenet_swa.data.loaders import build_indices, build_loaders, hold_out
 from imagenet_swa.data.sampling import evaluation_batches, training_batches
 from imagenet_swa.engine import make_plan
 from imagenet_swa.files import existing
@@ -77,7 +77,7 @@ def examine(config: Config, *, measure_baseline: bool = True) -> bool:
             examination.warn("images", finding)
     loaded = examination.check("network", lambda: _network(config))
     if loaded is not None:
-        examination.check("disk", lambda: _disk(config, loaded[1]))
+        examination.check("disk", lambda: _disk(config, loaded[1], len(indices[0]) if indices else 0))
     if indices is not None and loaded is not None:
         examination.check("batches", lambda: (_batches(config, indices, runtime), None))
         decoded = examination.check("decoding", lambda: _decoding(config, indices, loaded[0], runtime))
@@ -106,7 +106,8 @@ def _dali(config: Config) -> tuple[str, None]:
 
 def _images(config: Config, runtime: Runtime) -> tuple[str, tuple[ImageIndex, ImageIndex]]:
     start = time.perf_counter()
-    indices = build_indices(config, runtime)
+    train, val = build_indices(config, runtime)
+    indices = hold_out(train, config.data.num_held_out)[0], val
     counts = [f"{len(index):,} of {len(set(index.labels.tolist()))} classes" for index in indices]
     return f"training {counts[0]}, validation {counts[1]}, read in {time.perf_counter() - start:.1f} s", indices
 
@@ -134,9 +135,14 @@ def _network(config: Config) -> tuple[str, tuple[Preprocessing, float]]:
     return finding, (preprocessing, mib)
 
 
-def _disk(config: Config, mib: float) -> tuple[str, None]:
-    """Captures, two averages per report, the final one, and checkpoints of weights, momentum, average, pretrained weights."""
-    copies = 1 + config.swa.num_epochs + 2 * len(config.swa.epochs_to_report) + 4 * (config.checkpoints_to_keep + 1)
+def _disk(config: Config, mib: float, num_images: int) -> tuple[str, None]:
+    """Captures, two averages per report, the final one, the pretrained weights, and checkpoints of weights, momentum, average,
+    pretrained weights.
+    """
+    swa = config.swa
+    cycle_steps, num_steps = swa.cycle_steps, swa.num_epochs * (num_images // config.global_batch_size)
+    num_captures = swa.num_epochs // swa.cycle_epochs if cycle_steps is None else num_steps // cycle_steps
+    copies = num_captures + 2 * len(swa.epochs_to_report) + 1 + swa.averages + 4 * (config.checkpoints_to_keep + 1)
     needed, free = copies * mib * 2**20, shutil.disk_usage(existing(config.output)).free
     if free < needed:
         raise InputError(f"{config.output} has {free / GIB:.1f} GiB free, this run needs about {needed / GIB:.1f} GiB")

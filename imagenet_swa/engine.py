@@ -2,22 +2,23 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from imagenet_swa.config import Config, InputError, SwaConfig, TrainingError
+from imagenet_swa.config import Config, InputError, SwaConfig, TrainingError, require
 from imagenet_swa.data.batch import Batch, ImageLoader, TooManyBadImagesError
 from imagenet_swa.data.sampling import Indices, split_global_batch, training_batches
 from imagenet_swa.models import batchnorm_layers
 from imagenet_swa.optim import set_learning_rate
 from imagenet_swa.records import Records, Ticker, memory_mib
 from imagenet_swa.runtime import Runtime
-from imagenet_swa.schedule import is_capture, learning_rate
+from imagenet_swa.schedule import Schedule, make_schedule
 
 _WAY_OUT = (
     "nothing of it was averaged or saved. Start again with a lower swa.lr_max or another speed.precision, into another output"
@@ -41,22 +42,10 @@ class Plan:
         """Whole global batches in an epoch."""
         return self.num_images // self.global_batch_size
 
-    @property
-    def cycle_steps(self) -> int:
-        """c of the paper, in steps."""
-        return self.swa.cycle_epochs * self.steps_per_epoch
-
-    def learning_rate(self, step: int) -> float:
-        """The rate of the update after `step` finished ones."""
-        s = self.swa
-        return learning_rate(step, schedule=s.schedule, cycle_steps=self.cycle_steps, lr_max=s.lr_max, lr_min=s.lr_min)
-
-    def is_capture(self, epoch: int) -> bool:
-        """Whether the weights after `epoch` finished epochs go into the average: at the end of each cycle, and with a
-        constant rate, which has no cycles, after every epoch.
-        """
-        cycle_steps = self.steps_per_epoch if self.swa.schedule == "constant" else self.cycle_steps
-        return is_capture(epoch * self.steps_per_epoch, cycle_steps=cycle_steps)
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Learning rates and captures by step."""
+        return make_schedule(self.swa, steps_per_epoch=self.steps_per_epoch)
 
     def batches(self, epoch: int, rank: int) -> Indices:
         """Image numbers of one process, (steps, num_accumulation, batch_size_per_device)."""
@@ -99,7 +88,7 @@ def make_plan(config: Config, *, num_images: int, world_size: int) -> Plan:
         raise InputError(
             f"{num_images} training images are fewer than one global batch of {config.global_batch_size}; lower global_batch_size"
         )
-    return Plan(
+    plan = Plan(
         num_images=num_images,
         seed=config.seed,
         global_batch_size=config.global_batch_size,
@@ -107,6 +96,25 @@ def make_plan(config: Config, *, num_images: int, world_size: int) -> Plan:
         num_accumulation=num_accumulation,
         world_size=world_size,
         swa=config.swa,
+    )
+    check_cycle(plan)
+    return plan
+
+
+def check_cycle(plan: Plan) -> None:
+    """Raise InputError where a cycle of so many steps captures nothing in time, or is longer than the rate falls."""
+    swa, schedule = plan.swa, plan.schedule
+    require(
+        swa.schedule != "cosine" or 0 <= schedule.start_step <= schedule.budget_steps - schedule.cycle_steps,
+        f"a cycle of {schedule.cycle_steps} steps from step {max(schedule.start_step, 0)} on leaves the cosine's "
+        f"{schedule.budget_steps}; raise swa.budget_epochs or shorten the cycle",
+    )
+    first = min(swa.epochs_to_report, default=0) * plan.steps_per_epoch
+    require(
+        not swa.averages or schedule.last_capture(first) > swa.start_epoch * plan.steps_per_epoch,
+        f"nothing is captured between epoch {swa.start_epoch} and the first report after epoch "
+        f"{min(swa.epochs_to_report, default=0)}: a cycle has {schedule.cycle_steps} steps, an epoch {plan.steps_per_epoch}; "
+        "shorten the cycle or report later",
     )
 
 
@@ -144,8 +152,11 @@ def train_one_epoch(
     config: Config,
     runtime: Runtime,
     records: Records,
+    at_minimum: Callable[[int], None],
 ) -> None:
     """All steps of one epoch, 0-based; `network` and `optimizer` as Accelerate prepared them.
+
+    `at_minimum(step)` is called where a cycle ends, with the number of finished steps.
 
     Raises:
         TrainingError: the loss or a weight is not finite.
@@ -160,17 +171,20 @@ def train_one_epoch(
     title = f"epoch {epoch + 1}/{config.swa.num_epochs}"
     with records.progress(title, plan.steps_per_epoch) as ticker:
         for step in range(first_step, first_step + plan.steps_per_epoch):
-            set_learning_rate(optimizer, plan.learning_rate(step))
+            set_learning_rate(optimizer, plan.schedule.learning_rate(step))
             runtime.seed(config.seed, step)
             result = _train_one_step(network, optimizer, stream, plan, config, runtime)
             num_left_out += result.num_left_out
             check_left_out(num_left_out, config)
             is_last = step + 1 == first_step + plan.steps_per_epoch
             meter.after_step(step, result.loss, stream, title, ticker, is_last=is_last)
+            if is_last or plan.schedule.is_capture(step + 1):
+                _check_weights(network, step + 1)
+            if plan.schedule.is_capture(step + 1):
+                at_minimum(step + 1)
     if num_left_out:
         records.say(f"{title}: {num_left_out} images left out as bad, counted each time")
         records.log("bad_images", step=first_step + plan.steps_per_epoch, num_left_out=num_left_out)
-    _check_weights(network, first_step + plan.steps_per_epoch)
 
 
 def check_left_out(num_left_out: int, config: Config) -> None:
@@ -278,7 +292,7 @@ class _Meter:
         if not math.isfinite(loss_now):
             raise TrainingError(f"the loss became {loss_now} between steps {step + 1 - num_steps} and {step + 1}; {_WAY_OUT}")
         images_per_second = num_steps * self._plan.global_batch_size / seconds
-        lr = self._plan.learning_rate(step)
+        lr = self._plan.schedule.learning_rate(step)
         self._records.log(
             "train",
             step=step + 1,

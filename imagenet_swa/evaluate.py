@@ -91,6 +91,7 @@ def evaluate(
     *,
     num_classes: int,
     device: torch.device,
+    wanted: NDArray[np.int64] | None = None,
     sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     forward_context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Evaluation]:
@@ -105,6 +106,7 @@ def evaluate(
         batches: of this rank; their `indices` are positions in `labels`.
         labels: (N,) of the whole split.
         num_classes: width of the logits.
+        wanted: positions in `labels` of the images to be seen; default: all.
         sum_over_ranks: all-reduce.
         forward_context: entered around every forward pass, for autocast.
 
@@ -129,9 +131,11 @@ def evaluate(
                 ranked[name][rows] = log_prob.topk(num_ranked).indices
                 label_log_prob[name][rows] = log_prob.gather(1, batch.labels[:, None])[:, 0].double()
     seen, absent = sum_over_ranks(torch.stack([seen, absent]))
-    if not bool((seen + absent == 1).all()):
-        never, often = int((seen + absent == 0).sum()), int((seen + absent > 1).sum())
-        raise RuntimeError(f"of {num_images} images {never} were never evaluated and {often} more than once")
+    times = torch.zeros_like(seen)
+    times[slice(None) if wanted is None else torch.from_numpy(wanted).to(device)] = 1
+    if not bool((seen + absent == times).all()):
+        never, often = int((seen + absent < times).sum()), int((seen + absent > times).sum())
+        raise RuntimeError(f"of {int(times.sum())} images {never} were never evaluated and {often} more than once")
     indices = seen.nonzero()[:, 0].cpu().numpy()
     return {
         name: Evaluation(
@@ -139,7 +143,7 @@ def evaluate(
             labels[indices],
             sum_over_ranks(ranked[name]).cpu().numpy()[indices],
             sum_over_ranks(label_log_prob[name]).cpu().numpy()[indices],
-            num_left_out=num_images - len(indices),
+            num_left_out=int(times.sum()) - len(indices),
         )
         for name in networks
     }

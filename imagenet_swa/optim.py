@@ -1,5 +1,7 @@
 """SGD and its parameter groups."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -38,7 +40,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def momentum_buffers(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """SGD's momentum by parameter name; parameters that had no step yet are absent."""
+    """SGD's momentum by parameter name; parameters that had no step yet are absent. Also of an optimizer that Accelerate has
+    wrapped.
+    """
+    optimizer = _bare(optimizer)
     named = {name: optimizer.state.get(p, {}).get("momentum_buffer") for name, p in network.named_parameters()}
     return {name: buffer for name, buffer in named.items() if buffer is not None}
 
@@ -48,6 +53,12 @@ def load_momentum_buffers(network: nn.Module, optimizer: torch.optim.Optimizer, 
 
     The fused kernel on CPUs walks parameter and momentum as flat memory: another order there means wrong pairs.
     """
+    optimizer = _bare(optimizer)
     for name, parameter in network.named_parameters():
         if name in buffers:
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(buffers[name])
+
+
+def _bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside Accelerate's wrapper."""
+    return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer

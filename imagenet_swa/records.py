@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from imagenet_swa.config import Config, InputError
 from imagenet_swa.files import write_atomically
 from imagenet_swa.runtime import Runtime
 
@@ -97,6 +98,19 @@ class Ticker:
 def no_progress(_total: int) -> Iterator[Ticker]:
     """What shows no bar."""
     yield Ticker(None, None)
+
+
+def claim_folder(config: Config, runtime: Runtime) -> None:
+    """Create the run folder; with `resume: never`, refuse one that holds a run."""
+    taken = runtime.from_main((config.output / "config.yaml").exists() if runtime.is_main else None)
+    if taken and config.resume == "never":
+        raise InputError(f"{config.output} already holds a run and resume is never; choose another output, or resume auto")
+    if runtime.is_main:
+        try:
+            config.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot create the run folder {config.output}: {error.strerror}") from None
+    runtime.barrier()
 
 
 def _step_of(line: str) -> float:

@@ -81,10 +81,12 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_AUTOCAST_DTYPES[precision])
 
-    def seed(self, *key: int) -> None:
-        """Seed what networks draw themselves (dropout) by a key and the rank: nothing to save, nothing to restore."""
+    def seed(self, *key: int, alone: bool = False) -> None:
+        """Seed what networks draw themselves (dropout) by a key and, unless this process works alone, the rank: nothing to
+        save, nothing to restore.
+        """
         # Not numpy's SeedSequence, which takes (key) and (key, 0) for the same.
-        digest = hashlib.sha256(repr((self.rank, *map(int, key))).encode()).digest()
+        digest = hashlib.sha256(repr((0 if alone else self.rank, *map(int, key))).encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8]))
 
 

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from imagenet_swa.arguments import parse_config
 from imagenet_swa.checkpoint import what_is_wrong
-from imagenet_swa.cli import main, parse_config
+from imagenet_swa.cli import main
 from imagenet_swa.config import Config, DataConfig, InputError, ModelConfig, OptimizerConfig, SpeedConfig, SwaConfig
 from imagenet_swa.data import index_cache, loaders
 from imagenet_swa.data.batch import Batch, TooManyBadImagesError
@@ -33,9 +34,10 @@ from imagenet_swa.data.sampling import Indices, epoch_order, training_batches
 from imagenet_swa.data.sources import Source, scan
 from imagenet_swa.data.synthetic import synthetic_index
 from imagenet_swa.engine import make_plan, train_one_epoch
-from imagenet_swa.finetune import Run, finetune
+from imagenet_swa.finetune import finetune
 from imagenet_swa.optim import make_sgd
 from imagenet_swa.records import Records
+from imagenet_swa.run import Run
 from imagenet_swa.runtime import start_runtime
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -103,6 +105,7 @@ def train_epoch(folder: Path, config: Config, bad: Iterable[int], *, batchnorm: 
         config=config,
         runtime=runtime,
         records=Records(folder, runtime),
+        at_minimum=lambda _step: None,
     )
     return {name: tensor.clone() for name, tensor in net.state_dict().items()}
 

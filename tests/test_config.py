@@ -13,9 +13,9 @@ from conftest import PROJECT, preprocessing
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from imagenet_swa import cli
+from imagenet_swa import arguments
 from imagenet_swa import config as config_module
-from imagenet_swa.cli import parse_config, parser_for_config
+from imagenet_swa.arguments import parse_config, parser_for_config
 from imagenet_swa.config import (
     BatchNormConfig,
     Config,
@@ -36,7 +36,7 @@ from imagenet_swa.config import (
 def built_once() -> Iterator[None]:
     """Build the parser once: it takes ten times as long as parsing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "parser_for_config", functools.cache(parser_for_config))
+        patch.setattr(arguments, "parser_for_config", functools.cache(parser_for_config))
         yield
 
 
@@ -95,8 +95,21 @@ REFUSED = {
     "--swa.lr_min=-0.1": "got lr_min -0.1",
     "--swa.lr_min=0.1": "got lr_min 0.1, lr_max 0.001",
     "--swa.lr_max=.nan": "lr_max nan",
-    "--swa.report_epochs=[0]": "nothing is captured after epoch 0",
-    "--swa.report_epochs=[5,-5]": "nothing is captured after epoch -5",
+    "--swa.report_epochs=[0]": "must be positive, got 0",
+    "--swa.report_epochs=[5,-5]": "must be positive, got -5",
+    "--swa.start_epoch=-1": "got -1",
+    "--swa.start_epoch=11": "0 .. swa.num_epochs 10, got 11",
+    "--swa.start_epoch=3 --swa.cycle_epochs=2": "3 is not a whole number of cycles of 2 epochs",
+    "--swa.cycle_steps=0": "got 0",
+    "--swa.cycle_steps=7 --swa.cycle_epochs=2": "both set",
+    "--swa.cycle_epochs=5 --swa.schedule=triangular": "must be even, got 5",
+    "--swa.cycle_steps=5 --swa.schedule=triangular": "must be even, got 5",
+    "--swa.budget_epochs=0 --swa.schedule=three_part": "got 0",
+    "--swa.budget_epochs=20": "means nothing to the schedule cyclical",
+    "--swa.cosine_start_epoch=-1 --swa.schedule=cosine": "got -1",
+    "--swa.cosine_start_epoch=5": "swa.schedule is not cosine",
+    "--preprocessing.padding=-1": "got -1",
+    "--data.num_held_out=-1": "got -1",
     "--swa.report_epochs=[5] --swa.cycle_epochs=2": "multiples of swa.cycle_epochs 2",
     "--optimizer.momentum=1": "got 1.0",
     "--optimizer.momentum=-0.1": "got -0.1",
@@ -133,6 +146,12 @@ ACCEPTED = [
     "--swa.num_epochs=6 --swa.cycle_epochs=3 --swa.report_epochs=[3,300]",
     "--swa.lr_min=0 --swa.lr_max=0",
     "--swa.report_epochs=[]",
+    "--swa.start_epoch=10",
+    "--swa.cycle_steps=7 --swa.report_epochs=[3,4] --swa.num_epochs=9 --swa.start_epoch=5",
+    "--swa.cycle_epochs=2 --swa.report_epochs=[2] --swa.schedule=triangular",
+    "--swa.schedule=cosine --swa.budget_epochs=1800 --swa.cosine_start_epoch=1600",
+    "--swa.schedule=three_part --swa.budget_epochs=1",
+    "--preprocessing.padding=0 --preprocessing.train_crop=padded --data.num_held_out=0",
     "--optimizer.momentum=0 --optimizer.weight_decay=0 --optimizer.label_smoothing=0",
     "--batchnorm.num_images=2",
     "--evaluation.batch_size=1",
@@ -158,14 +177,22 @@ def test_evaluation_resize_below_the_crop_is_refused():
 
 
 @settings(deadline=None)
-@given(cycle_epochs=st.integers(1, 4), num_cycles=st.integers(1, 5), cycles=st.lists(st.integers(1, 8), max_size=5))
-def test_epochs_to_report_are_the_asked_ones_and_the_last(cycle_epochs: int, num_cycles: int, cycles: list[int]):
-    """The epochs to report ascend without repetition, are asked for and reached, and end with the last epoch."""
-    num_epochs = num_cycles * cycle_epochs
+@given(
+    cycle_epochs=st.integers(1, 4),
+    num_cycles=st.integers(1, 5),
+    start=st.integers(0, 5),
+    cycles=st.lists(st.integers(1, 8), max_size=5),
+)
+def test_epochs_to_report_are_the_asked_ones_and_the_last(cycle_epochs: int, num_cycles: int, start: int, cycles: list[int]):
+    """The epochs to report ascend without repetition, are asked for and reached after averaging began, and end with the last
+    epoch; where nothing is averaged there are none.
+    """
+    num_epochs, start_epoch = num_cycles * cycle_epochs, min(start, num_cycles) * cycle_epochs
     asked = tuple(cycle * cycle_epochs for cycle in cycles)
-    swa = SwaConfig(num_epochs=num_epochs, cycle_epochs=cycle_epochs, report_epochs=asked)
-    wanted = [epoch for epoch in range(1, num_epochs + 1) if epoch in asked or epoch == num_epochs]
+    swa = SwaConfig(num_epochs=num_epochs, cycle_epochs=cycle_epochs, start_epoch=start_epoch, report_epochs=asked)
+    wanted = [epoch for epoch in range(start_epoch + 1, num_epochs + 1) if epoch in asked or epoch == num_epochs]
     assert list(swa.epochs_to_report) == wanted
+    assert swa.averages == bool(wanted)
 
 
 def test_configuration_cannot_be_changed():
@@ -242,7 +269,11 @@ def test_negative_values_are_not_taken_for_flags():
     assert "swa.lr_min" in message_of("--swa.lr_min", "-0.5")
 
 
-@pytest.mark.parametrize("file", sorted((PROJECT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "file",
+    sorted([*(PROJECT / "configs").glob("*.yaml"), *(PROJECT / "configs/cifar").glob("*.yaml")]),
+    ids=lambda path: path.name,
+)
 def test_the_projects_own_files_are_valid(file: Path):
     """Every file in configs/ is a configuration, and each of its lines sets what it says."""
     found = flatten(to_plain(parse("--config", str(file))))
@@ -495,6 +526,8 @@ OTHER_VALUES = {
     "preprocessing.resize": "32",
     "preprocessing.interpolation": "bicubic",
     "preprocessing.train_interpolation": "bicubic",
+    "preprocessing.train_crop": "padded",
+    "preprocessing.padding": "2",
     "preprocessing.mean": "[0,0,0]",
     "preprocessing.std": "[1,1,1]",
     "preprocessing.crop_area": "[0.5,1]",
@@ -508,6 +541,7 @@ OTHER_VALUES = {
     "data.quarantine": "bad.tsv",
     "data.on_bad_image": "skip",
     "data.max_bad_images": "7",
+    "data.num_held_out": "5",
     "data.synthetic": "true",
     "data.synthetic_num_images": "[3,4]",
     "data.backend": "torchvision",
@@ -516,10 +550,14 @@ OTHER_VALUES = {
     "data.num_workers": "3",
     "data.prefetch": "3",
     "swa.num_epochs": "20",
+    "swa.start_epoch": "5",
     "swa.schedule": "constant",
     "swa.lr_max": "0.1",
     "swa.lr_min": "1e-6",
     "swa.cycle_epochs": "5",
+    "swa.cycle_steps": "7",
+    "swa.budget_epochs": "30",
+    "swa.cosine_start_epoch": "3",
     "swa.include_pretrained": "false",
     "swa.report_epochs": "[1]",
     "optimizer.momentum": "0.8",
@@ -538,6 +576,8 @@ OTHER_VALUES = {
     "speed.fused_optimizer": "false",
     "speed.max_batch_size_per_device": "3",
 }
+# What else has to be set where these are.
+NEEDED = {"swa.budget_epochs": ["--swa.schedule=cosine"], "swa.cosine_start_epoch": ["--swa.schedule=cosine"]}
 # What may change between the two halves of a run without changing its training, and where the images are: what they are is
 # for their fingerprints to say.
 FREE_TO_CHANGE = {
@@ -556,9 +596,10 @@ def test_every_setting_has_a_flag():
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_settings_that_decide_the_result_must_agree(name: str):
     """Every setting but those free to change shows, under its own name alone, in what a resumed run has to agree in."""
-    changed = parse(f"--{name}={OTHER_VALUES[name]}")
-    assert changed != Config()
-    before, after = Config().result_settings(), changed.result_settings()
+    needed = NEEDED.get(name, [])
+    unchanged, changed = parse(*needed), parse(*needed, f"--{name}={OTHER_VALUES[name]}")
+    assert changed != unchanged
+    before, after = unchanged.result_settings(), changed.result_settings()
     different = {key for key in before | after if before.get(key) != after.get(key)}
     if name in FREE_TO_CHANGE:
         assert different == set()
@@ -577,9 +618,9 @@ def test_flatten_joins_names_with_dots():
 
 def texts_under_fields() -> list[str]:
     """The string below each annotated field of the classes that make up a Config, read from the source."""
-    source = Path(config_module.__file__).read_text()
+    sources = [path.read_text() for path in sorted(Path(config_module.__file__).parent.glob("*.py"))]
     texts = []
-    for node in ast.parse(source).body:
+    for node in [node for source in sources for node in ast.parse(source).body]:
         if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
             for field, text in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):

@@ -371,7 +371,7 @@ import torch
 from torch import nn
 from imagenet_swa import runtime
 from imagenet_swa.config import Config, DataConfig, ModelConfig, PreprocessingConfig
-from imagenet_swa.finetune import Run
+from imagenet_swa.run import Run
 
 runtime.check_precision = lambda *_, **__: None
 model = ModelConfig(name="test_efficientnet", pretrained=False, num_classes=10, sync_batchnorm=True)

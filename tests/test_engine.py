@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,15 @@ def settings(*, log_every: int = 50, batch_size: int = 8, lr: float = 0.01, **mo
     )
 
 
-def train(folder: Path, runtime: Runtime, config: Config, net: nn.Module, loader: Loader | None = None, epoch: int = 0) -> None:
+def train(
+    folder: Path,
+    runtime: Runtime,
+    config: Config,
+    net: nn.Module,
+    loader: Loader | None = None,
+    epoch: int = 0,
+    minima: list[int] | None = None,
+) -> None:
     """One epoch; metrics.jsonl goes to the folder."""
     plan = make_plan(config, num_images=NUM_IMAGES, world_size=1)
     optimizer = make_sgd(net, config.optimizer, fused=False)
@@ -83,6 +92,7 @@ def train(folder: Path, runtime: Runtime, config: Config, net: nn.Module, loader
         config=config,
         runtime=runtime,
         records=Records(folder, runtime),
+        at_minimum=lambda step: None if minima is None else minima.append(step),
     )
 
 
@@ -153,12 +163,36 @@ def test_batch_that_does_not_divide():
         make_plan(Config(), num_images=1000, world_size=3)
 
 
-@pytest.mark.parametrize(("schedule", "captures"), [("cyclical", [3, 6]), ("constant", [1, 2, 3, 4, 5, 6])])
-def test_epochs_that_end_in_a_capture(schedule: Any, captures: list[int]):
-    """Cycles of three epochs are captured at their ends; a constant rate, which has no cycles, after every epoch."""
+@pytest.mark.parametrize("schedule", ["cyclical", "constant", "three_part"])
+def test_epochs_that_end_in_a_capture(schedule: Any):
+    """Cycles of three epochs are captured at their ends, whatever the rate does in them."""
     swa = SwaConfig(num_epochs=6, cycle_epochs=3, schedule=schedule, report_epochs=())
     plan: Plan = make_plan(Config(swa=swa), num_images=1000, world_size=1)
-    assert [epoch for epoch in range(7) if plan.is_capture(epoch)] == captures
+    assert [epoch for epoch in range(7) if plan.schedule.is_capture(epoch * plan.steps_per_epoch)] == [3, 6]
+
+
+def test_minima_within_an_epoch(tmp_path: Path, runtime: Runtime):
+    """With cycles of four steps and six steps an epoch, the second epoch tells of the minima after steps 8 and 12."""
+    config = replace(settings(), swa=SwaConfig(num_epochs=3, cycle_steps=4, lr_max=0.01, report_epochs=()))
+    minima: list[int] = []
+    train(tmp_path, runtime, config, network(), epoch=1, minima=minima)
+    assert minima == [8, 12]
+
+
+def test_cycle_too_long_for_its_report():
+    """A report before anything was captured is refused, with the lengths of cycle and epoch."""
+    swa = SwaConfig(num_epochs=4, cycle_steps=20, report_epochs=(2,))
+    with pytest.raises(InputError, match="captured between epoch 0 and the first report after epoch 2: a cycle has 20 steps"):
+        make_plan(Config(swa=swa, global_batch_size=10), num_images=60, world_size=1)
+    swa = SwaConfig(num_epochs=4, cycle_steps=5, start_epoch=3, report_epochs=())
+    assert make_plan(Config(swa=swa, global_batch_size=10), num_images=60, world_size=1).schedule.cycle_steps == 5
+
+
+def test_cosine_cycle_longer_than_its_annealing():
+    """A cosine's cycle has to lie within the annealing."""
+    swa = SwaConfig(num_epochs=4, schedule="cosine", cycle_epochs=2, budget_epochs=4, cosine_start_epoch=3, report_epochs=())
+    with pytest.raises(InputError, match="a cycle of 12 steps from step 18 on leaves the cosine's 24"):
+        make_plan(Config(swa=swa, global_batch_size=10), num_images=60, world_size=1)
 
 
 # ---------------------------------------------------------------------------------------------------------- logging

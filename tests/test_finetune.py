@@ -19,7 +19,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from imagenet_swa import models
-from imagenet_swa.cli import parse_config
+from imagenet_swa.arguments import parse_config
 from imagenet_swa.config import Config, InputError, Preprocessing
 from imagenet_swa.data import resize
 from imagenet_swa.data.sampling import epoch_order
@@ -166,7 +166,7 @@ def test_files_of_a_run(finished: Path):
     predictions = ["pretrained", *[f"capture-{name}" for name in captures], *averages]
     wanted |= {f"predictions/{name}.parquet" for name in predictions}
     wanted |= {"config.yaml", "environment.json", "metrics.jsonl", "results.json", "train.log"}
-    wanted |= {"report.md", "trajectory.png", "swa.safetensors"}
+    wanted |= {"report.md", "report.html", "report.json", "trajectory.png", "pretrained.safetensors", "swa.safetensors"}
     found = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     assert {path for path in found if not path.startswith("checkpoints/")} == wanted
     assert (finished / "trajectory.png").read_bytes().startswith(b"\x89PNG")

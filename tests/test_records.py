@@ -15,7 +15,7 @@ from conftest import QUICK_RUN
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from imagenet_swa.cli import parse_config
+from imagenet_swa.arguments import parse_config
 from imagenet_swa.config import Config
 from imagenet_swa.records import Records, memory_mib
 from imagenet_swa.runtime import Runtime, start_runtime

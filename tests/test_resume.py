@@ -19,10 +19,12 @@ from conftest import PROJECT, QUICK_RUN
 from PIL import Image
 from safetensors.torch import load_file
 
-from imagenet_swa import finetune as finetune_module
-from imagenet_swa.cli import parse_config
+from imagenet_swa import run as run_module
+from imagenet_swa import session as session_module
+from imagenet_swa.arguments import parse_config
 from imagenet_swa.config import InputError
-from imagenet_swa.finetune import Run, finetune
+from imagenet_swa.finetune import finetune
+from imagenet_swa.run import Run
 
 DROPOUT = ("--model.kwargs.drop_rate=0.3", "--model.kwargs.drop_path_rate=0.1")
 
@@ -115,7 +117,7 @@ def log_of(run: Path) -> str:
         (2, "_recompute_batchnorm"),
         (2, "_comment_on_results"),
         (3, "train_one_epoch"),
-        (3, "capture"),
+        (3, "_capture"),
         (4, "evaluate_what_is_due"),
         (4, "finish"),
     ],
@@ -176,13 +178,13 @@ def test_resumed_run_trains_only_what_is_left(tmp_path: Path, monkeypatch: pytes
     """After a checkpoint of epoch 2 of 4, two epochs are trained, the third and the fourth."""
     run = saved_by_epoch_2(tmp_path)
     epochs: list[int] = []
-    original = finetune_module.train_one_epoch
+    original = run_module.train_one_epoch
 
     def counted(*arguments: Any, epoch: int, **settings: Any) -> None:
         epochs.append(epoch)
         original(*arguments, epoch=epoch, **settings)
 
-    monkeypatch.setattr(finetune_module, "train_one_epoch", counted)
+    monkeypatch.setattr(run_module, "train_one_epoch", counted)
     train(run)
     assert epochs == [2, 3]
     assert "resuming after epoch 2" in log_of(run)
@@ -191,7 +193,7 @@ def test_resumed_run_trains_only_what_is_left(tmp_path: Path, monkeypatch: pytes
 def test_momentum_is_resumed(tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch):
     """Momentum survives an interruption, and matters: a resume that forgets it ends elsewhere."""
     run = saved_by_epoch_2(tmp_path)
-    monkeypatch.setattr(finetune_module, "load_momentum_buffers", lambda *_: None)
+    monkeypatch.setattr(run_module, "load_momentum_buffers", lambda *_: None)
     train(run)
     with pytest.raises(AssertionError):
         assert_same_results(run, uninterrupted)
@@ -231,8 +233,8 @@ def test_finished_run_started_again(tmp_path: Path, uninterrupted: Path, monkeyp
     shutil.copytree(uninterrupted, run)
     (run / "report.md").unlink()
     (run / "swa.safetensors").unlink()
-    monkeypatch.setattr(finetune_module, "train_one_epoch", None)
-    monkeypatch.setattr(finetune_module, "recompute_statistics", None)
+    monkeypatch.setattr(run_module, "train_one_epoch", None)
+    monkeypatch.setattr(session_module, "recompute_statistics", None)
     train(run)
     assert_same_results(run, uninterrupted)
     assert (run / "report.md").read_text() == (uninterrupted / "report.md").read_text()

@@ -109,8 +109,10 @@ class ImageIndex:
             kept = np.flatnonzero([self._unique_name(i) not in unwanted for i in range(len(self))])
         else:
             kept = np.flatnonzero([name not in unwanted for name in self.names.to_pylist()])
-        if len(kept) == len(self):
-            return self
+        return self if len(kept) == len(self) else self.take(kept)
+
+    def take(self, kept: NDArray[np.int64]) -> "ImageIndex":
+        """The images at the given places, in that order."""
         rest = replace(
             self,
             names=self.names.take(pa.array(kept)),

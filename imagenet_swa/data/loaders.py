@@ -4,25 +4,30 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from imagenet_swa.config import Config, InputError, Preprocessing
+from imagenet_swa.config import Config, InputError, Preprocessing, require
 from imagenet_swa.data import resize
 from imagenet_swa.data.batch import BadImages, ImageLoader
 from imagenet_swa.data.imagenet import SPLITS
 from imagenet_swa.data.index import ImageIndex, check_classes, check_labels, check_same_classes, load_index
 from imagenet_swa.data.index_cache import build_index, find_index, index_path, read_quarantine
+from imagenet_swa.data.sampling import epoch_order
 from imagenet_swa.data.sources import Source, Track, scan, source_of, untracked
 from imagenet_swa.data.synthetic import SyntheticLoader, synthetic_index
 from imagenet_swa.runtime import Runtime, num_cpus
 
+HOLD_OUT_SEED = 0  # of every run, whatever its own: soups of several seeds are chosen on the same images
+
 
 @dataclass(frozen=True)
 class Loaders:
-    """The two splits."""
+    """The two splits, and the training images that no training sees, if there are any."""
 
     train: ImageLoader
     val: ImageLoader
+    held_out: ImageLoader | None = None
 
 
 def build_indices(
@@ -46,6 +51,22 @@ def build_indices(
     train, val = (_index_of(config, split, runtime, track) for split in SPLITS)
     check_same_classes(train, val)
     return train, val
+
+
+def hold_out(train: ImageIndex, num_held_out: int) -> tuple[ImageIndex, ImageIndex | None]:
+    """The training images without those held out, and those, if any; which ones follows from the numbers of images alone.
+
+    Raises:
+        InputError: fewer than half would be left.
+    """
+    if num_held_out == 0:
+        return train, None
+    require(
+        2 * num_held_out <= len(train),
+        f"data.num_held_out {num_held_out} is more than half of the {len(train)} training images; lower it",
+    )
+    order = epoch_order(len(train), seed=HOLD_OUT_SEED, epoch=0)
+    return train.take(np.sort(order[num_held_out:])), train.take(np.sort(order[:num_held_out]))
 
 
 def _index_of(config: Config, split: str, runtime: Runtime | None, track: Track[Any]) -> ImageIndex:
@@ -90,13 +111,18 @@ def _from_main(source: Source, config: Config, runtime: Runtime, track: Track[An
 
 
 def build_loaders(
-    config: Config, indices: tuple[ImageIndex, ImageIndex], preprocessing: Preprocessing, runtime: Runtime
+    config: Config,
+    indices: tuple[ImageIndex, ImageIndex],
+    preprocessing: Preprocessing,
+    runtime: Runtime,
+    held_out: ImageIndex | None = None,
 ) -> Loaders:
     """Loaders of the chosen backend for both splits, on this process's device."""
     train, val = (
         _build_loader(config, split, index, preprocessing, runtime) for split, index in zip(SPLITS, indices, strict=True)
     )
-    return Loaders(train=train, val=val)
+    apart = None if held_out is None else _build_loader(config, "train", held_out, preprocessing, runtime)
+    return Loaders(train=train, val=val, held_out=apart)
 
 
 def _build_loader(config: Config, split: str, index: ImageIndex, preprocessing: Preprocessing, runtime: Runtime) -> ImageLoader:
