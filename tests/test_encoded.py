@@ -1,7 +1,9 @@
 """Encoded images and their faults."""
 
 import io
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import index_folder, index_names
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from imagenet_swa.data.encoded import EncodedImages, why_undecodable
@@ -126,3 +130,42 @@ def test_why_undecodable(kind: str) -> None:
     assert why_undecodable(data) is None and why_undecodable(data, whole=False) is None
     assert why_undecodable(data[: len(data) // 2]) is not None
     assert why_undecodable(b"") == "the file is empty"
+
+
+def whole_look(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a PNG as Pillow says them; None where it refuses the file when it opens it."""
+    if why_undecodable(data, whole=False) is not None:
+        return None
+    with Image.open(io.BytesIO(data)) as image:
+        return image.height, image.width
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    place=st.integers(0, 60) | st.integers(-20, -1),
+    value=st.integers(0, 255),
+    mended=st.booleans(),
+    mode=st.sampled_from(["RGB", "RGBA", "L", "P", "1", "I;16"]),
+)
+@example(place=23, value=0, mended=True, mode="RGB")  # no height
+@example(place=18, value=255, mended=True, mode="RGB")  # too wide to be decoded
+@example(place=20, value=255, mended=True, mode="RGB")  # higher than any picture
+@example(place=24, value=4, mended=True, mode="RGB")  # four bits of colour, of which there is no PNG
+@example(place=26, value=1, mended=True, mode="RGB")  # another compression
+@example(place=32, value=0, mended=False, mode="RGB")  # a wrong check sum
+@example(place=40, value=0, mended=False, mode="RGB")  # no IDAT
+def test_a_short_look_at_a_png_says_what_pillow_says(
+    tmp_path_factory: pytest.TempPathFactory, place: int, value: int, mended: bool, mode: str
+) -> None:
+    """Sizes of PNGs, and which are bad, are Pillow's, whatever byte of the header or the end is changed, its check sum or not."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)).convert(mode).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    data[place] = value
+    if mended:
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    folder = tmp_path_factory.mktemp("png")
+    (folder / "image").write_bytes(data)
+    found, wanted = read(index_names(folder, [b"image"]), [0]), whole_look(bytes(data))
+    assert [*zip(found.heights.tolist(), found.widths.tolist(), strict=True)] == ([wanted] if wanted else [])
+    assert list(found.bad) == ([] if wanted else [0])

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomCrop, RandomResizedCrop
 
 from imagenet_swa.data.sampling import (
     NUM_TRIES,
@@ -20,6 +20,8 @@ from imagenet_swa.data.sampling import (
     draw_crops,
     epoch_order,
     evaluation_batches,
+    padded_crops,
+    room_for_crops,
     split_global_batch,
     statistics_batches,
     training_batches,
@@ -440,3 +442,69 @@ def test_half_of_the_images_are_mirrored():
     plain = draw_crops(np.arange(20_000), **arguments, horizontal_flip=False)
     assert not plain.flip.any()
     assert np.array_equal(plain.top, mirrored.top)
+
+
+# ---------------------------------------------------------------------------------------------------- padded crops
+
+
+def places_of(num: int, height: int, width: int, *, padding: int, image_size: int) -> Indices:
+    draws = draw_crops(np.arange(num), seed=4, epoch=2, area=AREA, aspect=ASPECT, horizontal_flip=True)
+    return padded_crops(draws, np.full(num, height), np.full(num, width), padding=padding, image_size=image_size)
+
+
+@settings(deadline=None)
+@given(
+    height=SIDES,
+    width=SIDES,
+    padding=st.integers(0, 50),
+    image_size=st.integers(1, 300),
+    places=st.tuples(*[st.sampled_from([0.0, 1 - 2.0**-53]) | st.floats(0, 1, exclude_max=True)] * 2),
+)
+def test_padded_crops_lie_within_the_border(height: int, width: int, padding: int, image_size: int, places: tuple[float, float]):
+    """Whatever is drawn, a window begins no further out than the border does, and ends no further; the least and the largest
+    number below 1 put it at the border's two ends.
+    """
+    assume(min(height, width) + 2 * padding >= image_size)
+    top, left = (np.array([place]) for place in places)
+    draws = CropDraws(width_factor=np.ones((1, 10)), height_factor=np.ones((1, 10)), top=top, left=left, flip=np.array([True]))
+    found = padded_crops(draws, np.array([height]), np.array([width]), padding=padding, image_size=image_size)
+    assert found.shape == (1, 2) and found.dtype == np.int64
+    for start, side, place in zip(found[0].tolist(), (height, width), places, strict=True):
+        last = side + padding - image_size
+        assert -padding <= start <= last
+        if place in (0.0, 1 - 2.0**-53):
+            assert start == (-padding if place == 0 else last)
+
+
+def test_padded_crops_are_distributed_as_torchvisions():
+    """Each of the 9 x 9 places is as likely as it is in torchvision's RandomCrop: by chi square, ours and its are uniform."""
+    num = 40_500
+    torch.manual_seed(0)
+    larger = torch.empty(3, 40, 40)
+    theirs = np.array([RandomCrop.get_params(larger, (32, 32))[:2] for _ in range(num)]) - 4
+    for found in (places_of(num, 32, 32, padding=4, image_size=32), theirs):
+        counts = np.zeros((9, 9))
+        np.add.at(counts, tuple(found.T + 4), 1)
+        expected = num / 81
+        assert ((counts - expected) ** 2 / expected).sum() < 80 + 5 * math.sqrt(2 * 80)
+
+
+def test_padded_crops_and_flips_are_independent():
+    """Whether an image is mirrored says nothing about the place of its crop, nor its top about its left."""
+    num = 20_000
+    flips = draw_crops(np.arange(num), seed=4, epoch=2, area=AREA, aspect=ASPECT, horizontal_flip=True).flip
+    top, left = places_of(num, 32, 32, padding=4, image_size=32).T
+    for one, other in ((top, left), (top, flips), (left, flips)):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 5 / math.sqrt(num)
+
+
+@pytest.mark.parametrize(("height", "width", "rooms"), [(32, 40, [8, 16]), (24, 23, [0, -1]), (1, 500, [-23, 476])])
+def test_room_for_padded_crops(height: int, width: int, rooms: list[int]):
+    """The room is what an image with its border has more than a window; where torchvision refuses to crop, it is negative."""
+    assert room_for_crops(np.array([height]), np.array([width]), padding=4, image_size=32).tolist() == [rooms]
+    crop = RandomCrop(32, padding=4)
+    if min(rooms) >= 0:
+        crop(torch.zeros(3, height, width))
+    else:
+        with pytest.raises(ValueError, match="larger"):
+            crop(torch.zeros(3, height, width))

@@ -9,7 +9,16 @@ from numpy.typing import NDArray
 from imagenet_swa.config import Preprocessing
 from imagenet_swa.data.encoded import EncodedBatch
 from imagenet_swa.data.restart import take_segments
-from imagenet_swa.data.sampling import Indices, central_crops, crop_windows, draw_crops, regions_under_crops
+from imagenet_swa.data.sampling import (
+    CropDraws,
+    Indices,
+    central_crops,
+    crop_windows,
+    draw_crops,
+    padded_crops,
+    regions_under_crops,
+    room_for_crops,
+)
 
 MAX_RESIZED_SIDE = 2**24  # pixels; beyond, the longer side of a resized image fits no decoder
 TOO_THIN = "too long and thin to be resized"
@@ -22,7 +31,8 @@ class EncodedCrops:
 
     A decoded window stands at `origins` in a picture of `sizes`; that picture is resized to `resized`, and the network sees
     the square at `offsets` of it. In training the picture is the random crop alone, so that its borders are borders; in
-    evaluation it is the whole image.
+    evaluation and for padded crops it is the whole image. A padded crop resizes nothing and may reach beyond the picture,
+    where all is black.
 
     Attributes:
         indices: (n,) numbers in the index.
@@ -64,11 +74,11 @@ class EncodedCrops:
 
 
 def training_crops(found: EncodedBatch, preprocessing: Preprocessing, *, seed: int, epoch: int) -> EncodedCrops:
-    """Random resized crops with the windows and flips that (seed, epoch, index) give the images."""
+    """Random crops with the windows and flips that (seed, epoch, index) give the images."""
+    if preprocessing.train_crop == "padded":
+        return _padded_crops(found, preprocessing, seed=seed, epoch=epoch)
     p, n = preprocessing, len(found.indices)
-    draws = draw_crops(
-        found.indices, seed=seed, epoch=epoch, area=p.crop_area, aspect=p.crop_aspect, horizontal_flip=p.horizontal_flip
-    )
+    draws = training_draws(found.indices, p, seed=seed, epoch=epoch)
     windows = crop_windows(draws, found.heights, found.widths, aspect=p.crop_aspect)
     return EncodedCrops(
         indices=found.indices,
@@ -78,6 +88,48 @@ def training_crops(found: EncodedBatch, preprocessing: Preprocessing, *, seed: i
         sizes=windows[:, 2:],
         resized=np.full((n, 2), p.image_size),
         offsets=np.zeros((n, 2), np.int64),
+        flips=draws.flip,
+        bad=found.bad,
+    )
+
+
+def training_draws(indices: Indices, preprocessing: Preprocessing, *, seed: int, epoch: int) -> CropDraws:
+    """What (seed, epoch, index) decide about images of whatever sizes."""
+    p = preprocessing
+    return draw_crops(indices, seed=seed, epoch=epoch, area=p.crop_area, aspect=p.crop_aspect, horizontal_flip=p.horizontal_flip)
+
+
+def have_no_crop(heights: NDArray[np.int64], widths: NDArray[np.int64], preprocessing: Preprocessing) -> NDArray[np.bool_]:
+    """Which images (n,) are smaller than a padded crop, their border included."""
+    p = preprocessing
+    return room_for_crops(heights, widths, padding=p.padding, image_size=p.image_size).min(axis=1) < 0
+
+
+def why_no_crop(height: int, width: int, preprocessing: Preprocessing) -> str:
+    """The reason in words."""
+    p = preprocessing
+    return (
+        f"too small for a padded crop: {height} x {width} pixels and {p.padding} of border on each side hold no {p.image_size} x "
+        f"{p.image_size} (preprocessing.padding, preprocessing.image_size)"
+    )
+
+
+def _padded_crops(found: EncodedBatch, preprocessing: Preprocessing, *, seed: int, epoch: int) -> EncodedCrops:
+    """Windows of the images within a black border, nothing resized, all of each image to decode."""
+    p = preprocessing
+    if (bad := have_no_crop(found.heights, found.widths, p)).any():
+        sizes = zip(found.indices[bad].tolist(), found.heights[bad].tolist(), found.widths[bad].tolist(), strict=True)
+        found = found.without({i: why_no_crop(height, width, p) for i, height, width in sizes})
+    draws = training_draws(found.indices, p, seed=seed, epoch=epoch)
+    sizes = np.stack([found.heights, found.widths], axis=1)
+    return EncodedCrops(
+        indices=found.indices,
+        images=found.images,
+        windows=np.concatenate([0 * sizes, sizes], axis=1),
+        origins=0 * sizes,
+        sizes=sizes,
+        resized=sizes,
+        offsets=padded_crops(draws, found.heights, found.widths, padding=p.padding, image_size=p.image_size),
         flips=draws.flip,
         bad=found.bad,
     )

@@ -55,12 +55,12 @@ class DaliLoader:
             preprocessing=preprocessing,
             device=device,
             decode_on_gpu=decode_on_gpu,
-            compiled=compiled_resize and not decode_on_gpu,
+            compiled_resize=compiled_resize and not decode_on_gpu,
             num_threads=self._num_threads,
             prefetch=prefetch,
         )
         self.decoder = f"DALI on the {'GPU' if decode_on_gpu else 'CPU'}" + (
-            ", compiled resize" if self._pipelines.compiled else ""
+            ", compiled resize" if self._pipelines.compiled_resize else ""
         )
         self._channels_last = channels_last
         self._bad_images = bad_images or BadImages(index)
@@ -129,7 +129,8 @@ class DaliLoader:
                 yield fed[-1]
 
         # On a GPU, DALI's output and its copy belong to torch's stream: each waits for the other there, not on the host.
-        stream = torch.cuda.current_stream(self._device) if self._pipelines.on_gpu and not self._pipelines.compiled else None
+        on_gpu = self._pipelines.on_gpu and not self._pipelines.leaves_resize(mode)
+        stream = torch.cuda.current_stream(self._device) if on_gpu else None
         pipeline = self._pipelines.build(mode, source(), batch_size)
         while True:
             try:
@@ -174,7 +175,7 @@ class DaliLoader:
     def _pixels(self, mode: Mode, prepared: Iterator[EncodedCrops], batch_size: int) -> _Pixels:
         """What `_finish` takes, (n, H, W, 3), of each batch; resized by us in a thread ahead of the one that trains."""
         outputs = self._outputs(mode, prepared, batch_size)
-        if self._pipelines.compiled:
+        if self._pipelines.leaves_resize(mode):
             return in_background(self._resized_on_host(mode, outputs), self._prefetch)
         return self._pixels_from_pipeline(outputs)
 

@@ -26,6 +26,7 @@ _FIELDS = {
     "flip": (0, types.INT32),
     "roi_start": (1, types.FLOAT),
     "roi_end": (1, types.FLOAT),
+    "anchor": (1, types.INT32),
 }
 # What it feeds of a batch that has no image, since DALI takes no empty one: a small picture that nobody looks at.
 _PLACEHOLDER = {
@@ -35,17 +36,18 @@ _PLACEHOLDER = {
     "flip": np.zeros((), np.int32),
     "roi_start": np.zeros(2, np.float32),
     "roi_end": np.full(2, 2, np.float32),
+    "anchor": np.zeros(2, np.int32),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineMaker:
-    """Builds pipelines for a loader; `compiled` ones end with the decoded pixels, which our own code resizes."""
+    """Builds pipelines for a loader; those that `leaves_resize` end with the decoded pixels, which our own code resizes."""
 
     preprocessing: Preprocessing
     device: torch.device
     decode_on_gpu: bool
-    compiled: bool
+    compiled_resize: bool
     num_threads: int
     prefetch: int
 
@@ -54,9 +56,17 @@ class PipelineMaker:
         """Whether the network is on a GPU, whoever decodes."""
         return self.device.type == "cuda"
 
+    def pads(self, mode: Mode) -> bool:
+        """Whether images get a border and are not resized."""
+        return mode == "train" and self.preprocessing.train_crop == "padded"
+
+    def leaves_resize(self, mode: Mode) -> bool:
+        """Whether a pipeline ends with the decoded pixels, which our own code resizes."""
+        return self.compiled_resize and not self.pads(mode)
+
     def takes_windows(self, mode: Mode) -> bool:
-        """Whether a pipeline decodes windows of images; DALI's own resize of a whole image wants all of it."""
-        return self.compiled or mode == "train"
+        """Whether a pipeline decodes windows of images; DALI's own resize of a whole image wants all of it, and so do borders."""
+        return self.leaves_resize(mode) or (mode == "train" and not self.pads(mode))
 
     def fields(self, mode: Mode, batch: EncodedCrops) -> tuple[Any, ...]:
         """The batch as the pipeline takes it, in the order of `_field_names`."""
@@ -71,6 +81,7 @@ class PipelineMaker:
             "flip": batch.flips.astype(np.int32),
             "roi_start": (batch.offsets * scale).astype(np.float32),
             "roi_end": ((batch.offsets + size) * scale).astype(np.float32),
+            "anchor": batch.offsets.astype(np.int32),
         }
         # Views, whose memory DALI reads later: the tuple keeps it alive.
         return tuple(
@@ -78,14 +89,13 @@ class PipelineMaker:
         )
 
     def _field_names(self, mode: Mode) -> tuple[str, ...]:
-        if self.compiled:
+        if self.leaves_resize(mode):
             return ("encoded", "start", "shape")
-        if mode == "train":
+        if self.takes_windows(mode):
             return ("encoded", "start", "shape", "flip")
         # Asked for the whole image as a window, DALI on the CPU checks that the image has the size that the region relies on.
-        return (
-            ("encoded", "roi_start", "roi_end") if self.decode_on_gpu else ("encoded", "start", "shape", "roi_start", "roi_end")
-        )
+        whole = ("encoded",) if self.decode_on_gpu else ("encoded", "start", "shape")
+        return (*whole, "anchor", "flip") if self.pads(mode) else (*whole, "roi_start", "roi_end")
 
     def build(self, mode: Mode, source: Iterator[tuple[Any, ...]], batch_size: int, prefetch: int | None = None) -> Pipeline:
         """A pipeline of one output, the pixels, fed from `source` with batches of at most `batch_size`."""
@@ -93,7 +103,7 @@ class PipelineMaker:
         pipeline = Pipeline(
             batch_size=batch_size,
             num_threads=self.num_threads,
-            device_id=(self.device.index or 0) if self.on_gpu and not self.compiled else None,
+            device_id=(self.device.index or 0) if self.on_gpu and not self.leaves_resize(mode) else None,
             prefetch_queue_depth=prefetch or self.prefetch,
         )
         with pipeline:
@@ -107,7 +117,7 @@ class PipelineMaker:
             )
             inputs = dict(zip(names, fed, strict=True))
             images = self._decoded(inputs)
-            pipeline.set_outputs(images if self.compiled else self._resized_and_normalised(mode, images, inputs))
+            pipeline.set_outputs(images if self.leaves_resize(mode) else self._cropped_and_normalised(mode, images, inputs))
         pipeline.build()
         return pipeline
 
@@ -125,26 +135,33 @@ class PipelineMaker:
             return fn.decoders.image(inputs["encoded"], **options)
         return fn.decoders.image_slice(inputs["encoded"], start=inputs["start"], shape=inputs["shape"], axes=[0, 1], **options)
 
-    def _resized_and_normalised(self, mode: Mode, images: Any, inputs: dict[str, Any]) -> Any:
-        """DALI's own resize; in evaluation resize and central crop as one resize of the region that the crop comes from."""
-        p, is_training = self.preprocessing, mode == "train"
-        region = {} if is_training else {"roi_start": inputs["roi_start"], "roi_end": inputs["roi_end"]}
-        images = fn.resize(
-            images,
-            size=[p.image_size, p.image_size],
-            interp_type=_FILTERS[p.train_interpolation if is_training else p.interpolation],
-            antialias=True,
-            **region,
-        )
+    def _cropped_and_normalised(self, mode: Mode, images: Any, inputs: dict[str, Any]) -> Any:
+        p = self.preprocessing
         images = fn.crop_mirror_normalize(
-            images,
-            mirror=inputs["flip"] if is_training else 0,
+            self._padded(images, inputs) if self.pads(mode) else self._resized(mode, images, inputs),
+            mirror=inputs["flip"] if mode == "train" else 0,
             mean=[255 * m for m in p.mean],
             std=[255 * s for s in p.std],
             dtype=types.FLOAT,
             output_layout="HWC",
         )
         return images.gpu() if self.on_gpu else images
+
+    def _padded(self, images: Any, inputs: dict[str, Any]) -> Any:
+        """The windows at the anchors, black where they reach beyond the images."""
+        size = [self.preprocessing.image_size] * 2
+        return fn.slice(images, start=inputs["anchor"], shape=size, axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
+
+    def _resized(self, mode: Mode, images: Any, inputs: dict[str, Any]) -> Any:
+        """DALI's own resize; in evaluation resize and central crop as one resize of the region that the crop comes from."""
+        p, is_training = self.preprocessing, mode == "train"
+        return fn.resize(
+            images,
+            size=[p.image_size, p.image_size],
+            interp_type=_FILTERS[p.train_interpolation if is_training else p.interpolation],
+            antialias=True,
+            **({} if is_training else {"roi_start": inputs["roi_start"], "roi_end": inputs["roi_end"]}),
+        )
 
     def error_of(self, mode: Mode, fields: tuple[Any, ...]) -> str | None:
         """What DALI says to one image, None if it decodes it."""

@@ -123,6 +123,16 @@ class CropDraws:
     left: NDArray[np.float64]
     flip: NDArray[np.bool_]
 
+    def at(self, part: slice) -> "CropDraws":
+        """Those of some of the images."""
+        return CropDraws(
+            width_factor=self.width_factor[part],
+            height_factor=self.height_factor[part],
+            top=self.top[part],
+            left=self.left[part],
+            flip=self.flip[part],
+        )
+
 
 def draw_crops(
     indices: Indices,
@@ -177,6 +187,23 @@ def central_window(
     w = np.minimum(widths, np.floor(heights * aspect[1] + 0.5).astype(np.int64))
     h = np.minimum(heights, np.floor(widths / aspect[0] + 0.5).astype(np.int64))
     return np.maximum(h, 1), np.maximum(w, 1)
+
+
+def padded_crops(
+    draws: CropDraws, heights: NDArray[np.int64], widths: NDArray[np.int64], *, padding: int, image_size: int
+) -> NDArray[np.int64]:
+    """Top and left (n, 2) of square windows in images with `padding` pixels of border on each side, counted from the image.
+
+    Every place within the border is as likely as any other, as in torchvision's RandomCrop; a window that begins in the border
+    begins at a negative number. Images without room for a window (`room_for_crops`) have no meaningful one.
+    """
+    room = room_for_crops(heights, widths, padding=padding, image_size=image_size)
+    return np.floor(np.stack([draws.top, draws.left], axis=1) * (room + 1)).astype(np.int64) - padding
+
+
+def room_for_crops(heights: NDArray[np.int64], widths: NDArray[np.int64], *, padding: int, image_size: int) -> NDArray[np.int64]:
+    """Pixels (n, 2) down and across by which padded images are larger than a window; negative where none fits."""
+    return np.stack([np.asarray(heights, np.int64), np.asarray(widths, np.int64)], axis=1) + 2 * padding - image_size
 
 
 def central_crops(

@@ -13,10 +13,10 @@ from torchvision.transforms import InterpolationMode, functional
 from imagenet_swa.config import Preprocessing
 from imagenet_swa.data import storage
 from imagenet_swa.data.batch import BadImages, Batch, labels_on
-from imagenet_swa.data.crops import MAX_RESIZED_SIDE, TOO_THIN
+from imagenet_swa.data.crops import MAX_RESIZED_SIDE, TOO_THIN, have_no_crop, training_draws, why_no_crop
 from imagenet_swa.data.encoded import FORMATS, why_ambiguous, why_undecodable
 from imagenet_swa.data.index import ImageIndex
-from imagenet_swa.data.sampling import Indices, crop_windows, draw_crops
+from imagenet_swa.data.sampling import CropDraws, Indices, crop_windows, padded_crops
 
 Mode = Literal["train", "evaluation"]
 F: Any = functional  # annotated for tensors, also takes PIL images
@@ -95,15 +95,19 @@ class _Decoded(Dataset[Decoded]):
         return len(self._batches)
 
     def __getitem__(self, number: int) -> Decoded:
-        size = self._preprocessing.image_size
+        indices, size = self._batches[number], self._preprocessing.image_size
+        draws = training_draws(indices, self._preprocessing, seed=self._seed, epoch=self._epoch)
         pixels, kept, bad = [np.empty((0, size, size, 3), np.uint8)], [], {}
-        for i in map(int, self._batches[number]):
+        for position, i in enumerate(indices.tolist()):
             image = self._decoded(i)
             if isinstance(image, str):
                 bad[i] = image
                 continue
             kept.append(i)
-            pixels.append((self._training_pixels(image, i) if self._mode == "train" else self._evaluation_pixels(image))[None])
+            if self._mode == "train":
+                pixels.append(self._training_pixels(image, draws.at(slice(position, position + 1)))[None])
+            else:
+                pixels.append(self._evaluation_pixels(image)[None])
         return torch.from_numpy(np.concatenate(pixels)), kept, bad
 
     def _decoded(self, i: int) -> Image.Image | str:
@@ -114,26 +118,26 @@ class _Decoded(Dataset[Decoded]):
             return str(error)
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-                longest = max(file.size) * self._preprocessing.resize // min(file.size)
-                reason = TOO_THIN if self._mode == "evaluation" and longest >= MAX_RESIZED_SIDE else why_ambiguous(file, data)
-                return reason or file.convert("RGB")
+                return why_ambiguous(file, data) or self._why_without_crop(file) or file.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return why_undecodable(data) or " ".join(str(error).split())
 
-    def _training_pixels(self, image: Image.Image, index: int) -> np.ndarray:
+    def _why_without_crop(self, image: Image.Image) -> str | None:
         p = self._preprocessing
-        draws = draw_crops(
-            np.array([index]),
-            seed=self._seed,
-            epoch=self._epoch,
-            area=p.crop_area,
-            aspect=p.crop_aspect,
-            horizontal_flip=p.horizontal_flip,
-        )
+        if self._mode == "evaluation":
+            return TOO_THIN if max(image.size) * p.resize // min(image.size) >= MAX_RESIZED_SIDE else None
         sizes = np.array([image.height]), np.array([image.width])
-        top, left, height, width = map(int, crop_windows(draws, *sizes, aspect=p.crop_aspect)[0])
-        size, mode = [p.image_size, p.image_size], InterpolationMode(p.train_interpolation)
-        image = F.resized_crop(image, top, left, height, width, size, mode)
+        return why_no_crop(image.height, image.width, p) if p.train_crop == "padded" and have_no_crop(*sizes, p)[0] else None
+
+    def _training_pixels(self, image: Image.Image, draws: CropDraws) -> np.ndarray:
+        p = self._preprocessing
+        sizes, size = (np.array([image.height]), np.array([image.width])), p.image_size
+        if p.train_crop == "padded":
+            top, left = padded_crops(draws, *sizes, padding=p.padding, image_size=size)[0].tolist()
+            image = F.crop(image, top, left, size, size)  # black beyond the image
+        else:
+            window = crop_windows(draws, *sizes, aspect=p.crop_aspect)[0].tolist()
+            image = F.resized_crop(image, *window, [size, size], InterpolationMode(p.train_interpolation))
         return np.asarray(F.hflip(image) if draws.flip[0] else image)
 
     def _evaluation_pixels(self, image: Image.Image) -> np.ndarray:
