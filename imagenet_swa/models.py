@@ -1,4 +1,4 @@
-"""Networks and their pretrained weights by name, from timm, torchvision or a local file; their preprocessing."""
+"""Networks by name from timm, torchvision, pytorchcv or here, with the library's or a file's weights; their preprocessing."""
 
 import copy
 import difflib
@@ -6,6 +6,7 @@ import logging
 import math
 import pickle
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,21 @@ from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from imagenet_swa.config import InputError, ModelConfig, Preprocessing, PreprocessingConfig
+from imagenet_swa.libraries import build, known_names
 
 Weights = dict[str, torch.Tensor]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the authors' code, for its ResNets
+
+GENERIC: dict[str, Any] = {  # data config of a network that brings none
+    "image_size": 224,
+    "resize": 256,
+    "interpolation": "bilinear",
+    "mean": IMAGENET_MEAN,
+    "std": IMAGENET_STD,
+    "crop_mode": "center",
+}
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -36,17 +48,13 @@ def create_network(model: ModelConfig) -> nn.Module:
         InputError: the library knows no such architecture or weights, or it does not take the arguments.
     """
     architecture, _, tag = model.name.partition(".")
-    known = timm.list_models() if model.library == "timm" else torchvision.models.list_models(module=torchvision.models)
+    known = known_names(model.library)
     if architecture not in known:
         raise InputError(f"{model.library} has no network {architecture!r}{_nearest(architecture, known)}")
     if tag:
         _check_pretrained_name(model)
     try:
-        if model.library == "timm":
-            return timm.create_model(model.name, pretrained=False, num_classes=model.num_classes, **model.kwargs)
-        # Otherwise these two warn about how they initialise weights that are replaced at once.
-        defaults = {"init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
-        return torchvision.models.get_model(architecture, num_classes=model.num_classes, **defaults, **model.kwargs)
+        return build(model)
     except Exception as error:  # constructors raise whatever they run into
         raise InputError(f"{model.library} cannot build {architecture} with {model.kwargs}: {_first_line(error)}") from None
 
@@ -95,6 +103,11 @@ def _from_torchvision(model: ModelConfig) -> nn.Module:
 def _check_pretrained_name(model: ModelConfig) -> None:
     """Raise InputError unless the name says which weights. torchvision's DEFAULT does not: it is V2 for some networks."""
     architecture = model.name.partition(".")[0]
+    if model.library in ("pytorchcv", "imagenet_swa"):
+        raise InputError(
+            f"no pretrained weights are taken from {model.library}; set model.name to {architecture}, and model.weights to a "
+            "file or model.pretrained to false"
+        )
     if model.library == "timm":
         choices = timm.list_pretrained(f"{architecture}.*")
     else:
@@ -126,7 +139,12 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The error's own first line; of an assertion without words, such as pytorchcv's, the line of code that states it."""
+    lines = str(error).strip().splitlines()
+    if lines:
+        return lines[0]
+    stated = traceback.extract_tb(error.__traceback__)[-1].line if isinstance(error, AssertionError) else ""
+    return stated or type(error).__name__
 
 
 # -------------------------------------------------------------------------------------------------------- weights
@@ -202,7 +220,7 @@ def resolve_preprocessing(model: ModelConfig, overrides: PreprocessingConfig, ne
     Raises:
         InputError: the network is evaluated in a way that resize + central crop does not describe.
     """
-    own = _timm_data_config(network) if model.library == "timm" else _torchvision_data_config(model)
+    own = _data_config(model, network)
     chosen = {name: value for name, value in vars(overrides).items() if value is not None}
     if own.pop("crop_mode") != "center" and overrides.resize is None:
         raise InputError(
@@ -213,6 +231,19 @@ def resolve_preprocessing(model: ModelConfig, overrides: PreprocessingConfig, ne
         # Keep the share of the image that the central crop shows.
         chosen["resize"] = math.floor(own["resize"] * overrides.image_size / own["image_size"])
     return Preprocessing(**{**own, **chosen})
+
+
+def _data_config(model: ModelConfig, network: nn.Module) -> dict[str, Any]:
+    if model.library == "timm":
+        return _timm_data_config(network)
+    if model.library == "torchvision":
+        return _torchvision_data_config(model)
+    if model.library == "imagenet_swa":  # the authors' code normalises by ImageNet's numbers for its VGG
+        return GENERIC | {"image_size": 32, "resize": 32}
+    size = getattr(network, "in_size", (32, 32))[0]  # pytorchcv's networks know theirs
+    if size == 32:
+        return GENERIC | {"image_size": 32, "resize": 32, "mean": CIFAR_MEAN, "std": CIFAR_STD}
+    return GENERIC | {"image_size": size, "resize": math.floor(size / 0.875)}
 
 
 def _timm_data_config(network: nn.Module) -> dict[str, Any]:
@@ -233,8 +264,7 @@ def _torchvision_data_config(model: ModelConfig) -> dict[str, Any]:
     members = torchvision.models.get_model_weights(architecture).__members__
     weights = members.get(tag) or members.get("IMAGENET1K_V1")
     if weights is None:
-        own = {"image_size": 224, "resize": 256, "interpolation": "bilinear", "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-        return {**own, "crop_mode": "center"}
+        return dict(GENERIC)
     t = weights.transforms()
     return {
         "image_size": t.crop_size[0],

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from imagenet_swa.cli import main
 from imagenet_swa.config import InputError, ModelConfig, Preprocessing, PreprocessingConfig
 from imagenet_swa.models import (
     batchnorm_layers,
@@ -189,6 +191,185 @@ def test_weights_that_cannot_be_downloaded(tmp_path: Path, library: str, name: s
     *_, line = result.stdout.splitlines()  # after torch's own "Downloading: ..."
     assert f"missing: {missing}." in line
     assert f"pass --model.weights FILE beside --model.name {name}, or copy the cache folder and set {cache}" in line
+
+
+# ------------------------------------------------------------------------------------------- networks for CIFAR
+
+# Library, name, constructor arguments: one network by its own name and one of each of the recipes' families, small.
+CIFAR_NETWORKS: list[tuple[str, str, dict[str, Any]]] = [
+    ("imagenet_swa", "vgg16", {"width": 0.125}),
+    ("imagenet_swa", "vgg16_bn", {"width": 0.125}),
+    ("pytorchcv", "resnet20_cifar10", {}),
+    ("pytorchcv", "preresnet_cifar", {"blocks": 8, "bottleneck": False}),
+    ("pytorchcv", "wrn_cifar", {"blocks": 10, "width_factor": 1}),
+    ("pytorchcv", "pyramidnet_cifar", {"blocks": 8, "alpha": 12, "bottleneck": False}),
+    ("pytorchcv", "shakeshakeresnet_cifar", {"blocks": 8, "bottleneck": False, "first_stage_channels": 8}),
+]
+each_cifar_network = pytest.mark.parametrize(
+    ("library", "name", "kwargs"), CIFAR_NETWORKS, ids=[name for _, name, _ in CIFAR_NETWORKS]
+)
+
+
+def cifar_model(library: str, name: str, kwargs: dict[str, Any], **settings: Any) -> ModelConfig:
+    return model(name, library, num_classes=10, kwargs=kwargs, **{"pretrained": False} | settings)
+
+
+@each_cifar_network
+def test_cifar_networks_take_cifar_images(library: str, name: str, kwargs: dict[str, Any]):
+    """Images of 32 x 32 pixels give logits in both modes, without the trial leaving a trace, and other sizes are refused."""
+    config = cifar_model(library, name, kwargs)
+    network = create_network(config)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    check_forward(network, 32, config)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    with pytest.raises(InputError, match=f"{name} does not take images of 3 x 16 x 16 in evaluation"):
+        check_forward(network, 16, config)
+
+
+@each_cifar_network
+def test_seeds_decide_the_random_weights(library: str, name: str, kwargs: dict[str, Any]):
+    """The same seed of torch gives the same weights, another seed others."""
+
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        return dict(load_pretrained(cifar_model(library, name, kwargs)).named_parameters())
+
+    first, again, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    random = [key for key in first if first[key].ndim == 4]
+    assert random and not any(torch.equal(first[key], other[key]) for key in random)
+
+
+@each_cifar_network
+def test_cifar_network_from_a_file(tmp_path: Path, library: str, name: str, kwargs: dict[str, Any]):
+    """A file of weights gives these very weights and statistics, and the logits of the network that it was written from."""
+    torch.manual_seed(8)
+    written = create_network(cifar_model(library, name, kwargs)).train()
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        written(images)  # moves the BatchNorm statistics
+    save_file(written.state_dict(), tmp_path / "weights.safetensors")
+    loaded = load_pretrained(cifar_model(library, name, kwargs, weights=tmp_path / "weights.safetensors"))
+    assert all(torch.equal(tensor, written.state_dict()[key]) for key, tensor in loaded.state_dict().items())
+    assert torch.equal(loaded.eval()(images), written.eval()(images))
+
+
+def test_pytorchcv_names_and_families_are_the_same_networks():
+    """A family called with the sizes of one of its networks is that network: names, shapes and, by the seed, weights."""
+    for name, family, kwargs in (
+        ("preresnet20_cifar10", "preresnet_cifar", {"blocks": 20, "bottleneck": False}),
+        ("shakeshakeresnet20_2x16d_cifar10", "shakeshakeresnet_cifar", {"blocks": 20, "bottleneck": False}),
+    ):
+        states = []
+        for config in (cifar_model("pytorchcv", name, {}), cifar_model("pytorchcv", family, kwargs)):
+            torch.manual_seed(9)
+            states.append(create_network(config).state_dict())
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "near"),
+    [
+        ("pytorchcv", "wrn28_10_cifar1", "wrn28_10_cifar10 or wrn28_10_cifar100"),
+        ("pytorchcv", "preresnet_cfar", "preresnet_cifar"),
+        ("imagenet_swa", "vgg61", "vgg16"),
+    ],
+)
+def test_unknown_cifar_network(library: str, name: str, near: str):
+    """A misspelt network or family is refused with the nearest names."""
+    message = refusal(model(name, library, pretrained=False))
+    assert f"{library} has no network '{name}'; did you mean" in message
+    assert near in message
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "num_classes", "kwargs", "reason"),
+    [
+        ("pytorchcv", "preresnet_cifar", 10, {"blocks": 20}, "missing 1 required positional argument: 'bottleneck'"),
+        ("pytorchcv", "preresnet_cifar", 10, {"blocks": 21, "bottleneck": False}, "assert ((blocks - 2) % 6 == 0)"),
+        ("pytorchcv", "preresnet_cifar", 3, {"blocks": 20, "bottleneck": False}, "assert (num_classes in [10, 100])"),
+        ("pytorchcv", "wrn28_10_cifar10", 10, {"pretrained": True}, "multiple values for keyword argument 'pretrained'"),
+        ("pytorchcv", "wrn28_10_cifar10", 10, {"widht": 2}, "unexpected keyword argument 'widht'"),
+        ("imagenet_swa", "vgg16", 10, {"widht": 2}, "unexpected keyword argument 'widht'"),
+        ("imagenet_swa", "vgg16", 10, {"width": 0.001}, "width 0.001 leaves no channels"),
+        ("imagenet_swa", "vgg16", 10, {"dropout": 2}, "dropout probability has to be between 0 and 1, but got 2"),
+    ],
+)
+def test_unusable_sizes_of_cifar_networks(library: str, name: str, num_classes: int, kwargs: dict[str, Any], reason: str):
+    """What the constructor does not take is refused with its reason; where it only asserts, with the condition."""
+    message = refusal(model(name, library, pretrained=False, num_classes=num_classes, kwargs=kwargs))
+    assert f"{library} cannot build {name} with {kwargs}: " in message
+    assert reason in message
+
+
+@pytest.mark.parametrize(("library", "name"), [("pytorchcv", "wrn28_10_cifar10"), ("imagenet_swa", "vgg16")])
+@pytest.mark.parametrize("tag", ["", ".best"])
+def test_no_pretrained_weights_for_cifar(library: str, name: str, tag: str):
+    """Pretrained weights are not taken from these libraries, and the line says what to set instead."""
+    message = refusal(model(name + tag, library, num_classes=10))
+    assert f"no pretrained weights are taken from {library}; set model.name to {name}, and model.weights to a file" in message
+    assert "model.pretrained to false" in message
+
+
+def test_without_pytorchcv(monkeypatch: pytest.MonkeyPatch):
+    """Where pytorchcv is not installed, the line says how to install it."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "pytorchcv"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pytorchcv", None)  # pyright: ignore[reportArgumentType] -- how Python marks what is not there
+    message = refusal(model("wrn28_10_cifar10", "pytorchcv", pretrained=False, num_classes=10))
+    assert message.endswith("not installed: pip install 'imagenet-swa[cifar]'")
+
+
+def test_pytorchcv_is_imported_only_when_asked_for():
+    """A run of another library's network never imports pytorchcv."""
+    program = (
+        "import sys; from imagenet_swa.config import *; from imagenet_swa.models import *\n"
+        "make = lambda library, name: create_network(ModelConfig(library=library, name=name, pretrained=False, num_classes=10))\n"
+        "make('timm', 'test_efficientnet'); make('torchvision', 'mobilenet_v3_small'); make('imagenet_swa', 'vgg16')\n"
+        "print('pytorchcv' in sys.modules); make('pytorchcv', 'resnet20_cifar10'); print('pytorchcv' in sys.modules)"
+    )
+    result = run(["python", "-c", program])
+    assert result.stdout.split() == ["False", "True"], result.stderr
+
+
+def test_preprocessing_of_cifar_networks():
+    """32 pixels without a resize; normalised as the authors' code does it, VGG by ImageNet's numbers, the others by CIFAR's."""
+    for library, name, kwargs in CIFAR_NETWORKS:
+        p = preprocessing_of(cifar_model(library, name, kwargs))
+        assert (p.image_size, p.resize, p.interpolation) == (32, 32, "bilinear")
+        vgg = library == "imagenet_swa"
+        assert p.mean == ((0.485, 0.456, 0.406) if vgg else (0.4914, 0.4822, 0.4465))
+        assert p.std == ((0.229, 0.224, 0.225) if vgg else (0.2023, 0.1994, 0.2010))
+        changed = preprocessing_of(cifar_model(library, name, kwargs), resize=40, mean=(0.1, 0.2, 0.3))
+        assert (changed.image_size, changed.resize, changed.mean, changed.std) == (32, 40, (0.1, 0.2, 0.3), p.std)
+
+
+def test_preprocessing_of_pytorchcvs_large_networks():
+    """Its networks for ImageNet bring their own size, and see 0.875 of the image in ImageNet's normalisation."""
+    with torch.device("meta"):
+        p = preprocessing_of(model("inceptionv3", "pytorchcv", pretrained=False))
+    assert (p.image_size, p.resize, p.mean) == (299, 341, (0.485, 0.456, 0.406))
+    with torch.device("meta"):
+        p = preprocessing_of(model("resnet18", "pytorchcv", pretrained=False))
+    assert (p.image_size, p.resize) == (224, 256)
+
+
+@pytest.mark.parametrize("command", ["doctor", "evaluate"])
+@pytest.mark.parametrize(("library", "name", "kwargs"), [CIFAR_NETWORKS[1], CIFAR_NETWORKS[4]])
+@pytest.mark.usefixtures("on_the_cpu")
+def test_commands_take_cifar_networks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, library: str, name: str, kwargs: dict[str, Any]
+):
+    """doctor and evaluate work with the networks of both libraries, weights from a file."""
+    torch.manual_seed(10)
+    save_file(create_network(cifar_model(library, name, kwargs)).state_dict(), tmp_path / "weights.safetensors")
+    flags = [f"--model.library={library}", f"--model.name={name}", "--model.num_classes=10", f"--model.kwargs={kwargs}"]
+    flags += [f"--model.weights={tmp_path / 'weights.safetensors'}", f"--output={tmp_path / 'run'}", "--global_batch_size=16"]
+    flags += ["--data.synthetic", "--data.synthetic_num_images=[32,20]", "--evaluation.batch_size=10"]
+    assert main([command, *flags]) == 0, capsys.readouterr()
+    out = capsys.readouterr().out
+    assert f"{library} {name}" in out if command == "doctor" else "of 20" in out
 
 
 # --------------------------------------------------------------------------------------------------- local files
@@ -407,6 +588,8 @@ def test_every_override_wins():
         "crop_area": (0.5, 0.9),
         "crop_aspect": (0.9, 1.1),
         "horizontal_flip": False,
+        "train_crop": "padded",
+        "padding": 2,
     }
     for name in overrides.keys() - {"image_size"}:
         changed = vars(preprocessing_of(model("resnet18.tv_in1k"), **{name: overrides[name] if name != "resize" else 300}))
