@@ -1,0 +1,1 @@
+"""What finished runs show: averages of their captures, ensembles, the loss around the weights, how sure a gain is."""
