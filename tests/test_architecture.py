@@ -17,33 +17,63 @@ MAX_LINES = 350
 
 # From low to high. A module imports from lower layers only, never from its own.
 LAYERS = [
+    ["config.errors"],
+    ["config.network", "config.data", "config.training"],
+    ["config.__init__"],
     [
-        *("__init__", "config", "files", "schedule"),
-        *("data.__init__", "data.imagenet", "data.native.__init__", "data.sampling", "data.buffers", "data.streams"),
+        *("__init__", "arguments", "files", "schedule", "vgg"),
+        *("analysis.__init__", "analysis.significance", "analysis.widths", "analysis.landscape_plots", "analysis.average_plots"),
+        *(
+            "data.__init__",
+            "data.imagenet",
+            "data.native.__init__",
+            "data.sampling",
+            "data.buffers",
+            "data.streams",
+            "data.cifar",
+        ),
     ],
     [
-        *("report", "models", "optim", "runtime", "bench.alternatives"),
+        *("libraries", "optim", "runtime", "bench.alternatives", "report.paper", "report.runs"),
         *("data.storage", "data.resize", "data.restart", "data.findings", "data.workers"),
     ],
-    ["averaging", "batchnorm", "records", "bench.results", "data.index", "data.prepare.labels"],
-    ["checkpoint", "bench.measure", "data.batch", "data.encoded", "data.shards"],
-    ["evaluate", "engine", "data.prepare.copies", "data.crops", "data.synthetic", "data.sources"],
-    ["data.dali_pipeline", "data.torch_loader", "data.examine", "data.index_cache", "data.prepare.parquet"],
-    ["data.dali"],
-    ["data.loaders", "data.verify", "data.prepare.archives"],
+    [
+        "models",
+        "analysis.landscape_plots",
+        "analysis.average_plots",
+        "report.answers",
+        "report.groups",
+        "report.plots",
+        "report.tables",
+    ],
+    [
+        *("averaging", "batchnorm", "records", "report.document", "analysis.vectors"),
+        *("data.index", "data.prepare.labels"),
+    ],
+    ["checkpoint", "report.findings", "report.gains", "report.summary_tables", "data.batch", "data.encoded", "data.shards"],
+    [
+        *("evaluate", "engine", "report.single", "report.summary", "analysis.captures"),
+        *("data.prepare.copies", "data.crops", "data.synthetic", "data.sources"),
+    ],
+    [
+        *("report.__init__", "analysis.soups"),
+        *("data.dali_pipeline", "data.torch_loader", "data.examine", "data.index_cache", "data.prepare.parquet"),
+    ],
+    ["data.dali", "data.prepare.cifar", "bench.results", "study"],
+    ["data.loaders", "data.verify", "data.prepare.archives", "bench.measure"],
     ["session", "bench.__init__", "data.prepare.units"],
-    ["finetune", "doctor", "data.prepare.journal", "data.prepare.report"],
-    ["data.prepare.__init__"],
+    ["run", "doctor", "analysis.answers", "analysis.points", "data.prepare.journal", "data.prepare.report"],
+    ["finetune", "analysis.averages", "analysis.ensemble", "analysis.landscape", "data.prepare.__init__"],
     ["cli"],
     ["train", "__main__"],
 ]
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 WITHOUT_TORCH = [
-    *LAYERS[0],
-    *("report", "cli"),
+    *[module for module in chain(*LAYERS[:4]) if module != "vgg"],
+    *("cli", "study"),
     *("data.storage", "data.index", "data.sources", "data.index_cache", "data.encoded", "data.resize", "data.restart"),
     *("data.crops", "data.shards", "data.examine", "data.findings", "data.verify"),
-    *[module for module in chain(*LAYERS) if module.startswith("data.prepare.")],
+    *[module for module in chain(*LAYERS) if module.startswith(("data.prepare.", "report."))],
     "data.workers",
 ]
 HEAVY = ("torch", "torchvision", "timm", "accelerate")
@@ -110,12 +140,12 @@ def test_imports_go_to_lower_layers_only(module: str):
 def test_the_reading_of_imports_sees_what_is_there():
     """The checks above rest on finding imports: those of some modules as a reader sees them."""
     files = module_files()
-    assert imported_modules(files["data.index"]) == {"config", "files", "data.imagenet", "data.storage"}
+    assert imported_modules(files["data.index"]) == {"config.__init__", "files", "data.imagenet", "data.storage"}
     assert imported_modules(files["averaging"]) == {"models"}
     assert "data.native.__init__" in imported_modules(files["data.resize"])
-    assert imported_modules(files["cli"]) >= {"__init__", "config", "finetune", "report", "doctor"}
+    assert imported_modules(files["cli"]) >= {"__init__", "config.__init__", "finetune", "report.__init__", "doctor"}
     assert imported_modules(files["data.loaders"]) >= {"data.dali", "data.torch_loader"}
-    assert imported_modules(files["schedule"]) == set()
+    assert imported_modules(files["schedule"]) == {"config.__init__", "config.training"}
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
@@ -149,13 +179,23 @@ def test_packages_import_nothing():
     ("package", "modules"),
     [
         ("nvidia", {"data.dali", "data.dali_pipeline", "doctor", "bench.alternatives"}),
-        ("jsonargparse", {"cli"}),
+        ("jsonargparse", {"arguments"}),
         ("accelerate", {"runtime"}),
-        ("timm", {"models", "finetune"}),
-        ("matplotlib", {"report", "bench.results"}),
-        ("PIL", {"data.torch_loader", "data.encoded", "data.examine", "data.prepare.__init__", "data.prepare.copies"}),
+        ("timm", {"libraries", "models", "run"}),
+        ("matplotlib", {"report.plots", "analysis.average_plots", "analysis.landscape_plots", "bench.results"}),
+        (
+            "PIL",
+            {
+                "data.torch_loader",
+                "data.encoded",
+                "data.examine",
+                "data.prepare.__init__",
+                "data.prepare.copies",
+                "data.prepare.cifar",
+            },
+        ),
         ("ctypes", {"data.native.__init__", "data.resize", "data.restart", "data.buffers"}),
-        ("scipy", {"data.prepare.labels"}),
+        ("scipy", {"data.prepare.labels", "analysis.significance"}),
     ],
 )
 def test_a_library_has_its_module(package: str, modules: set[str]):

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import PROJECT
 
-from imagenet_swa.cli import COMMANDS, main, parse_config
+from imagenet_swa.arguments import parse_config, parse_config_and
+from imagenet_swa.cli import COMMANDS, main
+from imagenet_swa.study import load_grid
 
 README = (PROJECT / "README.md").read_text()
 COMMENTED = sorted([*PROJECT.glob("configs/*.yaml"), *PROJECT.glob("launch/accelerate/*.yaml"), *PROJECT.glob("launch/*.s*")])
@@ -42,6 +44,15 @@ def understood_by_cli(words: list[str]) -> bool:
         patch.setattr("imagenet_swa.data.prepare.prepare", instead("prepare", None))
         nothing = {"summary": [], "absent": [], "interrupted": False}
         patch.setattr("imagenet_swa.bench.bench_loader", instead("bench", nothing))
+        imported = SimpleNamespace(num_images={}, flags=())
+        patch.setattr("imagenet_swa.data.prepare.cifar.import_dataset", instead("import", imported))
+        patch.setattr("imagenet_swa.report.plot_schedule", instead("schedule", None))
+        for name in ("averages", "ensemble", "landscape"):
+            patch.setattr(f"imagenet_swa.analysis.{name}.{name}", instead(name, None))
+        # Of a run that is not there, only the flags can be looked at.
+        patch.setattr(
+            "imagenet_swa.cli.parse_run_and", lambda name, cls, words, *about: parse_config_and(name, cls, words[1:], *about)
+        )
         main(words)
     return done == [words[0]]
 
@@ -50,6 +61,14 @@ def check(words: list[str]) -> None:
     """Fail unless the files that the command names exist and its flags make a configuration."""
     if words[0] in ("bash", "sbatch"):
         assert (PROJECT / words[1]).is_file(), f"{words[1]} is not there"
+        if "study" in words[1]:
+            grid = next(i for i, word in enumerate(words) if word.startswith("configs/"))
+            assert load_grid(PROJECT / words[grid]).runs
+            parse_config(words[grid + 1 :], "", "")
+            return
+        if "cifar" in words[1]:
+            assert all((PROJECT / f"configs/cifar/{words[2]}-{kind}.yaml").is_file() for kind in ("sgd", "swa"))
+            return
         configs = [i for i, word in enumerate(words) if word.startswith("configs/")]
         if configs:
             parse_config(["--config", str(PROJECT / words[configs[0]]), *words[configs[0] + 1 :]], "", "")
@@ -60,8 +79,10 @@ def check(words: list[str]) -> None:
         parse_config([str(PROJECT / w) if w.startswith("configs/") else w for w in flags], "", "")
     elif words[0] == "imagenet-swa":
         assert words[1] in COMMANDS
-        if words[1] in ("verify", "prepare", "bench"):
+        if words[1] in ("verify", "prepare", "bench", "import", "schedule", "averages", "ensemble", "landscape"):
             assert understood_by_cli(words[1:])
+        elif words[1] == "study":
+            assert load_grid(PROJECT / words[2]).runs
         elif words[1] != "report":
             parse_config([str(PROJECT / w) if w.startswith("configs/") else w for w in words[2:]], "", "")
     else:
@@ -91,7 +112,7 @@ def test_the_comments_hold_commands():
 
 def test_inline_settings_exist():
     """Every `--section.setting` that the text mentions is a flag of the program."""
-    from imagenet_swa.cli import parser_for_config
+    from imagenet_swa.arguments import parser_for_config
 
     known = set(parser_for_config("", "").get_defaults().keys()) | {"preprocessing.*"}
     mentioned = set(re.findall(r"`--([a-z_]+\.[a-z_*]+)", README))
@@ -113,7 +134,7 @@ def test_the_file_tree_is_the_real_one():
             listed |= {f"{folder}/{name}.py" for name in re.findall(r"\w+", re.sub(r"\(.*?\)", "", match.group(3)))}
     package = PROJECT / "imagenet_swa"
     real = {str(path.relative_to(package)) for path in package.rglob("*.py")}
-    with_init = {"bench/__init__.py", "data/prepare/__init__.py"}
+    with_init = {"bench/__init__.py", "config/__init__.py", "data/prepare/__init__.py"}
     assert listed == {n for n in real if Path(n).name not in ("__init__.py", "__main__.py") or n in with_init}
 
 
