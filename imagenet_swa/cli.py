@@ -126,8 +126,9 @@ def _report(arguments: Sequence[str]) -> int:
     words, output = list(arguments), None
     for flag in [word for word in words if word.split("=")[0] == "--output"]:
         at = words.index(flag)
-        require("=" in flag or at + 1 < len(words), f"--output wants a folder; {usage}")
-        output = Path(flag.partition("=")[2] or words.pop(at + 1))
+        value = flag.partition("=")[2] if "=" in flag else words.pop(at + 1) if at + 1 < len(words) else ""
+        require(bool(value), f"--output wants a folder; {usage}")
+        output = Path(value)
         words.pop(at)
     if not words or words[0] in ("-h", "--help"):
         print(usage)
@@ -185,15 +186,21 @@ def _study(arguments: Sequence[str]) -> int:
 def _schedule(arguments: Sequence[str]) -> int:
     words = list(arguments)
     picture = Path(words.pop(0)) if words and not words[0].startswith("-") else None
-    about = "Learning rate and captures against the step, as a picture: imagenet-swa schedule PICTURE.png --config FILE"
+    about = "Learning rate and captures against the step, as a picture. An epoch is as long as data.train, or else ImageNet, is."
     config = parse_config(words, "imagenet-swa schedule PICTURE.png", about)
-    require(picture is not None, "wanted `imagenet-swa schedule PICTURE.png --config FILE`")
-    assert picture is not None
+    if picture is None:
+        raise InputError("wanted `imagenet-swa schedule PICTURE.png --config FILE`")
+    require(picture.suffix in (".png", ".pdf", ".svg"), f"wanted a picture named .png, .pdf or .svg, got {picture}")
+    require(picture.parent.is_dir(), f"no such folder: {picture.parent}")
     from imagenet_swa.data.imagenet import NUM_TRAIN
+    from imagenet_swa.data.loaders import num_training_images
+    from imagenet_swa.engine import make_plan
     from imagenet_swa.report import plot_schedule
 
-    plot_schedule(config, NUM_TRAIN // config.global_batch_size, picture)
-    print(f"picture: {picture}")
+    num_images = num_training_images(config) or NUM_TRAIN
+    plan = make_plan(config, num_images=num_images, world_size=1)
+    plot_schedule(config, plan.steps_per_epoch, picture)
+    print(f"picture: {picture} ({num_images:,} training images, {plan.steps_per_epoch:,} steps an epoch)")
     return 0
 
 
@@ -246,10 +253,7 @@ def _import(arguments: Sequence[str]) -> int:
     from imagenet_swa.data.sources import progress_bar
 
     settings = _settings_of_words(ImportSettings, ("dataset", "source", "output"), arguments, "imagenet-swa import")
-    result = import_dataset(settings, track=progress_bar)
-    for split, num_images in result.num_images.items():
-        print(f"{split}: {num_images:,} images")
-    print(f"use them with: {' '.join(result.flags)}")
+    import_dataset(settings, track=progress_bar)
     return 0
 
 
@@ -258,6 +262,10 @@ def _settings_of_words(cls: type[T], names: Sequence[str], arguments: Sequence[s
     usage = f"{prog} {' '.join(name.upper() for name in names)}"
     require(bool(arguments), f"wanted `{usage} [--setting VALUE ...]` (all settings: --help)")
     leading = list(takewhile(lambda word: not word.startswith("-"), arguments[: len(names)]))
+    given = {*names[: len(leading)], *(word.lstrip("-").partition("=")[0] for word in arguments)}
+    missing = [name.upper() for name in names if name not in given]
+    told_elsewhere = given & {"h", "help", "config", "print_config"}
+    require(not missing or bool(told_elsewhere), f"wanted `{usage} [--setting VALUE ...]`, got no {' and no '.join(missing)}")
     named = [f"--{name}={word}" for name, word in zip(names, leading, strict=False)]
     return parse_settings(cls, [*named, *arguments[len(leading) :]], prog, f"{cls.__doc__}: {usage} [--setting VALUE ...]")
 

@@ -95,12 +95,16 @@ class Run:
             self.records.say(f"warning: checkpoint {complaint}")
         if path is not None:
             return load_snapshot(path)
-        remains = self.checkpoints.exist() or (self.folder / "swa.safetensors").exists() if self.runtime.is_main else None
-        if self.runtime.from_main(remains):
+        if self.runtime.from_main(self._has_begun() if self.runtime.is_main else None):
             raise InputError(
                 f"{self.folder} holds a run but no valid checkpoint to go on from; move it away or choose another output"
             )
         return None
+
+    def _has_begun(self) -> bool:
+        """Whether the folder holds more than a run leaves before its first checkpoint."""
+        has_files = self.checkpoints.exist() or (self.folder / "swa.safetensors").exists()
+        return has_files or any(result["epoch"] > 0 for result in self._saved_results())
 
     def _restore(self, snapshot: Snapshot) -> None:
         progress = snapshot.progress
@@ -112,21 +116,20 @@ class Run:
             self.runtime.accelerator.scaler.load_state_dict(progress["loss_scale"])
         self.epoch = progress["epoch"]
         self.weights = capture_weights(self.network)
-        self.captured = self._captured_before()
         found = self.runtime.from_main(self._saved_results() if self.runtime.is_main else None)
         self.results = [result for result in found if result["epoch"] <= self.epoch]
+        self.captured = self._captured_before()
         reported = {result["epoch"] for result in self.results if result["name"] == "swa"}
         for epoch in sorted(set(self.config.swa.epochs_to_report) - reported):
             if epoch < self.epoch:
                 self.records.say(f"warning: the average after epoch {epoch} was not reported and cannot be made up for")
 
     def _captured_before(self) -> Weights:
-        """The weights of the last capture: those of the checkpoint, unless a cycle ended within an epoch."""
+        """The weights of the last capture: those of the checkpoint, unless it was taken earlier and still wants a result."""
         step = self.plan.schedule.last_capture(self.step)
-        if step in (0, self.step):
+        if step in (0, self.start_step, self.step) or self._has_result("capture", step):
             return self.weights
-        path = self.folder / "captures" / f"{self._name_of(step)}.safetensors"
-        return read_weights(path)
+        return read_weights(self.folder / "captures" / f"{self._name_of(step)}.safetensors")
 
     def _saved_results(self) -> list[dict[str, Any]]:
         path = self.folder / "results.json"
@@ -166,8 +169,7 @@ class Run:
 
     def _capture(self, step: int) -> None:
         """Fold the weights at the end of a cycle into the average, once averaging has begun, and keep them as a file."""
-        start = time.perf_counter()
-        self.captured = self._weights()
+        start, self.captured = time.perf_counter(), self._weights()
         if step > self.start_step:
             self.average.update(self.captured)
         seconds = time.perf_counter() - start
@@ -256,9 +258,12 @@ class Run:
         averaging began have theirs as the pretrained ones.
         """
         step = self.plan.schedule.last_capture(self.step)
-        if step in (0, self.start_step) or ("capture", step) in {(r["name"], r["step"]) for r in self.results}:
+        if step in (0, self.start_step) or self._has_result("capture", step):
             return False
         return is_report or (self.config.evaluation.captures and step > self.step - self.plan.steps_per_epoch)
+
+    def _has_result(self, name: str, step: int) -> bool:
+        return any((result["name"], result["step"]) == (name, step) for result in self.results)
 
     def _averaged_networks(self) -> dict[str, nn.Module]:
         """Both averages with fresh BatchNorm statistics, one pass over the training images for the two."""
@@ -294,9 +299,9 @@ class Run:
 
     def _save_weights(self, weights: Weights, path: Path, *, step: int) -> None:
         if self.runtime.is_main:
-            about = {"network": self.config.model.name, "step": step, "epoch": self._epochs(step)}
+            num = self.average.num_averaged
             # One key: safetensors writes several in random order, and equal runs should leave equal files.
-            about["num_averaged"] = self.average.num_averaged
+            about = {"network": self.config.model.name, "step": step, "epoch": self._epochs(step), "num_averaged": num}
             save_weights(weights, path, {"imagenet_swa": json.dumps(about)})
 
     def _epochs(self, step: int) -> int | float:
@@ -325,11 +330,8 @@ class Run:
     def _save_description(self) -> None:
         if not self.runtime.is_main:
             return
-        record = environment_record(self.runtime, self.config)
-        record["data"] = {
-            split: {"num_images": len(index), "fingerprint": index.fingerprint}
-            for split, index in zip(("train", "val"), self.session.indices, strict=True)
-        }
+        record, named = environment_record(self.runtime, self.config), zip(("train", "val"), self.session.indices, strict=True)
+        record["data"] = {s: {"num_images": len(index), "fingerprint": index.fingerprint} for s, index in named}
         record["preprocessing"] = to_plain(self.session.preprocessing)
         write_atomically(self.folder / "environment.json", json.dumps(record, indent=1))
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(to_plain(self.config), sort_keys=False))

@@ -199,10 +199,10 @@ def _parent_command() -> list[str]:
 
 def environment_record(runtime: Runtime, config: Config) -> dict[str, Any]:
     """What a reader needs to know to repeat or doubt the numbers: versions, hardware, code, launch."""
-    packages = ("torch", "torchvision", "timm", "accelerate", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy", "pillow")
+    packages = ("torch", "torchvision", "timm", "pytorchcv", "accelerate", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
     return {
         "versions": {"python": platform.python_version(), "imagenet-swa": _version("imagenet-swa")}
-        | {name: version for name in packages if (version := _version(name))},
+        | {name: version for name in (*packages, "numpy", "scipy", "pillow") if (version := _version(name))},
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

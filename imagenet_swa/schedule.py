@@ -51,7 +51,9 @@ def cosine_lr(step: int, *, cycle_steps: int, start_step: int, budget_steps: int
 
 
 def three_part_lr(step: int, *, budget_steps: int, lr_max: float, lr_min: float) -> float:
-    """The SGD baseline's rate (appendix): `lr_max` for half the budget, linear to `lr_min` at 0.9 of it, then `lr_min`."""
+    """The SGD baseline's rate (appendix): `lr_max` for half the budget, linear to `lr_min` at 0.9 of it, then `lr_min`. It falls
+    with every step, in the authors' code with every epoch.
+    """
     _check(step, budget_steps)
     share = min(max((step / budget_steps - 0.5) / 0.4, 0.0), 1.0)
     return (1 - share) * lr_max + share * lr_min
@@ -99,12 +101,13 @@ class Schedule:
         the middle of a triangular cycle.
         """
         _check(step, self.cycle_steps)
-        at = self.cycle_steps // 2 if self.name == "triangular" else 0
-        return step > 0 and step % self.cycle_steps == at
+        return step > 0 and self.last_capture(step) == step
 
     def last_capture(self, step: int) -> int:
         """The latest step up to this one at which weights were captured, 0 if there was none."""
-        return next((s for s in range(step, max(step - self.cycle_steps, 0), -1) if self.is_capture(s)), 0)
+        _check(step, self.cycle_steps)
+        at = self.cycle_steps // 2 if self.name == "triangular" else 0
+        return max(step - (step - at) % self.cycle_steps, 0)
 
 
 def make_schedule(swa: SwaConfig, *, steps_per_epoch: int) -> Schedule:

@@ -186,7 +186,8 @@ def evaluate_network(config: Config) -> Evaluation:
 def compare_with_published(config: Config, preprocessing: Preprocessing, top1: float, num_images: int) -> str:
     """A sentence on how a measured baseline relates to the published figure."""
     published = published_top1(config.model.library, config.model.name, preprocessing.interpolation)
-    if published is None or config.model.weights is not None or num_images != NUM_VAL:
+    by_name = config.model.weights is None and config.model.pretrained  # else a file's weights, or random ones
+    if published is None or not by_name or num_images != NUM_VAL:
         return f"  baseline: {100 * top1:.2f} % measured in this pipeline; gains are relative to it"
     difference = 100 * (top1 - published)
     verdict = (

@@ -17,7 +17,7 @@ from imagenet_swa.files import write_atomically
 from imagenet_swa.report.document import json_text
 from imagenet_swa.report.groups import check_same_images
 from imagenet_swa.report.plots import new_figure
-from imagenet_swa.report.runs import TITLES, RunFiles, load_run
+from imagenet_swa.report.runs import TITLES, RunFiles, load_run, settings_of
 from imagenet_swa.report.tables import markdown_table, print_table
 
 USAGE = """usage: imagenet-swa study GRID [--count | --unfinished | --flags K]
@@ -182,6 +182,7 @@ def report_study(grid: Grid) -> Path:
         bool(found), f"none of the {len(grid.runs)} runs of {grid.path} is finished; bash launch/study.sh {grid.path} makes them"
     )
     check_same_images(list(found.values()), ("train", "val"))
+    _check_alike(grid, list(found.values()))
     rows = [_row(name, run) for name, run in found.items()]
     title = "test error, %"
     print_table(COLUMNS, rows, title)
@@ -231,6 +232,21 @@ def _check_made_by(grid: Grid, run: GridRun, files: RunFiles) -> None:
             key in made_with and _plain(made_with[key]) == _plain(value),
             f"{run.output} has {key} {made_with.get(key)}, {grid.path} says {value}: move the run away or mend the grid",
         )
+
+
+def _check_alike(grid: Grid, runs: Sequence[RunFiles]) -> None:
+    """Raise InputError where runs differ in more than the grid's own settings, as after a change of the base between them."""
+    varied = {key for run in grid.runs for key in run.settings}
+    first, settings = runs[0], settings_of(runs[0])
+    for run in runs[1:]:
+        others = settings_of(run)
+        for key in sorted(settings.keys() | others.keys()):
+            same = _plain(settings.get(key)) == _plain(others.get(key))
+            require(
+                same or any(f"{key}.".startswith(f"{name}.") for name in varied),
+                f"{first.folder} has {key} {settings.get(key)}, {run.folder} has {others.get(key)}, {grid.path} does not vary "
+                "it: make them anew with one base and the same flags",
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -17,11 +17,15 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from hypothesis import settings
 from PIL import Image
 
 from imagenet_swa.config import InputError, Preprocessing
 from imagenet_swa.data.index import ImageIndex, make_index
 from imagenet_swa.data.sources import Source, scan
+
+settings.register_profile("any machine", deadline=None)  # no test is one of speed
+settings.load_profile("any machine")
 
 PROJECT = Path(__file__).resolve().parents[1]
 REAL_DATA = Path(os.environ.get("IMAGENET_SWA_TEST_DATA", PROJECT.parent / "shared" / "data"))

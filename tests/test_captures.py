@@ -222,3 +222,16 @@ def test_weights_of_another_network(swa_run: Path, tmp_path: Path, network: nn.M
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     check_fits(network, load_file(swa_run / "swa.safetensors"), "the average")
     assert_same(network.state_dict(), before)
+
+
+def test_runs_of_other_images(swa_run: Path, copied: Path):
+    """The weights of a run that has seen other images are refused in one line; where a run does not say, they are taken."""
+    run, path = RunWeights.load(swa_run), copied / "environment.json"
+    assert check_spec(run, f"other={copied}") == "other"
+    record = json.loads(path.read_text())
+    for split, word in (("train", "training"), ("val", "validation")):
+        changed = {**record["data"], split: {**record["data"][split], "fingerprint": 64 * "0"}}
+        path.write_text(json.dumps(record | {"data": changed}))
+        assert f"{swa_run} and {copied} have different {word} images" in one_line(check_spec, run, f"other={copied}")
+    path.unlink()
+    assert check_spec(run, f"other={copied}") == "other"

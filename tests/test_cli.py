@@ -20,7 +20,7 @@ from imagenet_swa import finetune as finetune_module
 from imagenet_swa.checkpoint import load_snapshot, what_is_wrong
 from imagenet_swa.cli import COMMANDS, main
 from imagenet_swa.config import InputError
-from imagenet_swa.engine import Plan
+from imagenet_swa.schedule import Schedule
 
 SHORT = ("--swa.num_epochs=2", "--swa.report_epochs=[]", "--swa.lr_max=0.005")
 
@@ -73,8 +73,7 @@ def test_version(capsys: pytest.CaptureFixture[str], flag: str):
 def test_unknown_command(capsys: pytest.CaptureFixture[str]):
     """An unknown command is refused with all that there are."""
     assert main(["trian"]) == 2
-    wanted = "train, evaluate, report, index, verify, prepare, bench, doctor"
-    assert error_line(capsys) == f"imagenet-swa: error: unknown command 'trian'; wanted one of {wanted}"
+    assert error_line(capsys) == f"imagenet-swa: error: unknown command 'trian'; wanted one of {', '.join(COMMANDS)}"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "doctor"])
@@ -85,7 +84,7 @@ def test_help_lists_the_settings(capsys: pytest.CaptureFixture[str], command: st
     assert ended.value.code == 0
     out = " ".join(capsys.readouterr().out.split())
     assert f"imagenet-swa {command}" in out
-    assert "Learning rate that a cycle ends at, where the weights are captured (paper: alpha_2)." in out
+    assert "Learning rate that a cycle ends at, where the weights are captured (paper: alpha_2); cosine" in out
     for flag in ("--swa.lr_max", "--config", "--print_config", "--data.train_list", "--speed.compile", "--global_batch_size"):
         assert flag in out
 
@@ -94,7 +93,20 @@ def test_help_of_report(capsys: pytest.CaptureFixture[str]):
     """report without a folder is an error, its help is none."""
     assert main(["report", "--help"]) == 0
     assert main(["report"]) == 2
-    assert capsys.readouterr().out == "usage: imagenet-swa report RUN [RUN ...]\n" * 2
+    assert capsys.readouterr().out == "usage: imagenet-swa report RUN [RUN ...] [--output FOLDER]\n" * 2
+
+
+@pytest.mark.parametrize(
+    "command", ["schedule", "averages", "ensemble", "landscape", "landscape rays", "study", "prepare", "import"]
+)
+def test_help_of_every_other_command(capsys: pytest.CaptureFixture[str], command: str):
+    """--help ends with exit code 0 and starts with how the command is called."""
+    try:
+        code = main([*command.split(), "--help"])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 0
+    assert f"usage: imagenet-swa {command}" in capsys.readouterr().out
 
 
 def test_print_config(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -216,7 +228,7 @@ def test_report_of_one_run(capsys: pytest.CaptureFixture[str], two_runs: list[Pa
     assert main(["report", str(two_runs[0])]) == 0
     out = capsys.readouterr().out
     assert len(rows_of(out)) == 6
-    assert f"report: {report}" in out
+    assert f"report: {report.with_suffix('.html')} (also .md, .json)" in out
     assert report.read_text() == before
 
 
@@ -225,13 +237,78 @@ def test_report_of_several_runs(capsys: pytest.CaptureFixture[str], two_runs: li
     assert main(["report", *map(str, two_runs)]) == 0
     _, *rows = rows_of(capsys.readouterr().out)
     assert [row[:2] for row in rows[:2]] == [["seed-0", "0"], ["seed-1", "1"]]
-    assert rows[2][0] == "mean ± std"
+    assert rows[2][0].startswith("mean ± std")
 
 
 def test_report_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], two_runs: list[Path]):
     """A folder without a run among several ends with exit code 2 and its name."""
     assert main(["report", str(two_runs[0]), str(tmp_path)]) == 2
     assert f"{tmp_path} holds no evaluated run" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("import", "wanted `imagenet-swa import DATASET SOURCE OUTPUT [--setting VALUE ...]`"),
+        ("import cifar10", "got no SOURCE and no OUTPUT"),
+        ("import cifar10 here", "got no OUTPUT"),
+        ("import cifar10 here --output", "output"),
+        ("import cifar11 here there", "cifar11"),
+        ("import cifar10 here there everywhere", "everywhere"),
+        ("import cifar10 /nowhere/x.tar.gz there", "no such file or folder: /nowhere/x.tar.gz"),
+        ("prepare /nowhere", "wanted `imagenet-swa prepare SOURCE OUTPUT [--setting VALUE ...]`, got no OUTPUT"),
+        ("averages", "wanted `imagenet-swa averages RUN [--averages.setting VALUE ...]`"),
+        ("averages /nowhere", "/nowhere is no run: /nowhere/config.yaml is missing"),
+        ("ensemble", "wanted `imagenet-swa ensemble RUN"),
+        ("ensemble --seed=1", "wanted the run's folder first, got --seed=1"),
+        ("ensemble /nowhere", "/nowhere is no run"),
+        ("landscape", "wanted `imagenet-swa landscape rays|line|plane RUN`, got nothing after landscape"),
+        ("landscape rays", "wanted `imagenet-swa landscape rays|line|plane RUN`, got rays"),
+        ("landscape sphere /nowhere", "wanted `imagenet-swa landscape rays|line|plane RUN`, got sphere"),
+        ("landscape plane /nowhere", "/nowhere is no run"),
+        ("study /nowhere.yaml", "/nowhere.yaml"),
+        ("report /nowhere", "/nowhere"),
+        ("report --output", "--output wants a folder"),
+        ("report /nowhere --output=", "--output wants a folder"),
+        ("report /nowhere --outptu=x", "unknown flag"),
+        ("schedule", "wanted `imagenet-swa schedule PICTURE.png --config FILE`"),
+        ("schedule picture.txt", "wanted a picture named .png, .pdf or .svg, got picture.txt"),
+        ("schedule /nowhere/picture.png", "no such folder: /nowhere"),
+        ("schedule picture.png --global_batch_size=2000000", "lower global_batch_size"),
+        (
+            "schedule picture.png --swa.schedule=cosine --swa.cycle_epochs=2 --swa.budget_epochs=1 --swa.report_epochs=[]",
+            "leaves the cosine's",
+        ),
+    ],
+)
+def test_unusable_command_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, message: str
+):
+    """A command line with too little, too much, or something that is not there ends with exit code 2 and one line."""
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    assert message in error_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ("", 5004),
+        ("--global_batch_size=128", 10009),
+        ("--data.synthetic --data.num_held_out=560", 7),
+        ("--data.train={}/train", 4),
+    ],
+)
+def test_schedule_takes_the_epoch_of_the_images(
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch, flags: str, steps: int
+):
+    """The picture's epoch is that of the training images named, less those held out, or else of ImageNet's 1,281,167."""
+    found: list[int] = []
+    monkeypatch.setattr("imagenet_swa.report.plot_schedule", lambda _, steps_per_epoch, __: found.append(steps_per_epoch))
+    small = ["--global_batch_size=6", "--model.num_classes=3"] if "train" in flags else []
+    assert main(["schedule", f"{tmp_path}/picture.png", *flags.format(image_folder).split(), *small]) == 0
+    assert found == [steps]
 
 
 # -------------------------------------------------------------------------------------------------------- it fails
@@ -277,9 +354,9 @@ def test_a_full_disk_in_earnest(tmp_path: Path):
 
 def test_diverging_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """When the second epoch diverges, nothing of it is saved, the first one's files stay, and the same command goes on."""
-    original = Plan.learning_rate
+    original = Schedule.learning_rate
     with monkeypatch.context() as patch:
-        patch.setattr(Plan, "learning_rate", lambda plan, step: original(plan, step) if step < 7 else 1e30)
+        patch.setattr(Schedule, "learning_rate", lambda schedule, step: original(schedule, step) if step < 7 else 1e30)
         assert train(tmp_path / "run") == 1
     line = error_line(capsys)
     assert "the loss became" in line or "a weight became" in line

@@ -123,6 +123,22 @@ def assert_measured(values: dict[str, float], expected: dict[str, float]) -> Non
         assert values[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key
 
 
+def test_other_images_are_told(swa_run: Path, tmp_path: Path):
+    """Flags that lay other images over the run's are said aloud and stand in the JSON; the run's own are not remarked on."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    said: list[str] = []
+    few = LandscapeSettings(kind="line", num_steps=2, margin=0, output=tmp_path)
+    path = landscape(configure(swa_run, "--data.synthetic_num_images=[48,24]"), few, say=said.append)
+    notes = json.loads(path.read_text())["notes"]
+    assert [note[:45] for note in notes] == ["The validation images are not those of the ru"]
+    assert notes[0] in said
+
+
+def test_the_runs_own_images_need_no_word(line: dict[str, Any]):
+    """Nothing is remarked on where the images are those of the run."""
+    assert line["notes"] == []
+
+
 # ------------------------------------------------------------------------------------------------------- the numbers
 
 
@@ -313,12 +329,25 @@ def test_a_picture_of_rays_shows_each_direction_and_the_mean(rays: dict[str, Any
     """Either panel has a curve for each direction of each centre and one that is their mean, in per cent for errors."""
     figure = landscape_plots._draw_rays(rays, pyplot)
     for axes, (key, factor) in zip(figure.axes, (("train_loss", 1), ("test_error", 100)), strict=True):
-        assert len(axes.lines) == 2 * 3
+        marked = [drawn for drawn in axes.lines if drawn.get_linestyle() == ":"]
+        assert len(axes.lines) == 2 * 3 + len(marked)
         for centre, curves in (("swa", axes.lines[:3]), ("sgd", axes.lines[3:])):
             expected = factor * np.array([ray[key] for ray in rays["rays"][centre]])
             np.testing.assert_allclose([curve.get_ydata() for curve in curves[:2]], expected)
             np.testing.assert_allclose(curves[2].get_ydata(), expected.mean(0))
-            assert len({curve.get_color() for curve in curves}) == 1
+            assert len({curve.get_color() for curve in curves[:3]}) == 1
+    pyplot.close(figure)
+
+
+def test_a_picture_of_rays_marks_the_widths(rays: dict[str, Any]):
+    """Where all rays of a centre have a width a dotted line of its colour stands at their mean; a censored one has none."""
+    centres = {name: centre | {"num_censored": 0, "mean": 2.5} for name, centre in rays["widths"]["centres"].items()}
+    centres["sgd"]["num_censored"] = 1
+    figure = landscape_plots._draw_rays(rays | {"widths": rays["widths"] | {"centres": centres}}, pyplot)
+    (mark,) = [drawn for drawn in figure.axes[1].lines if drawn.get_linestyle() == ":"]
+    assert np.asarray(mark.get_xdata())[0] == 2.5
+    assert mark.get_color() == figure.axes[1].lines[0].get_color()
+    assert mark.get_label() == "swa: +1 point at 2.5"
     pyplot.close(figure)
 
 
@@ -336,13 +365,17 @@ def test_a_picture_of_a_line_marks_its_ends(line: dict[str, Any]):
 
 
 def test_a_picture_of_a_plane_names_the_points(plane: dict[str, Any]):
-    """Both panels mark and name every point at its place, with a unit of the same length on both axes."""
+    """Both panels mark and name every point at its place, with a unit of the same length on both axes; how far the projected
+    ones lie from the plane stands below.
+    """
     figure = landscape_plots._draw_plane(plane, pyplot)
     for axes in figure.axes[:2]:
         marks = {(*mark.get_xdata(), *mark.get_ydata()) for mark in axes.lines}
         assert marks == {(place["x"], place["y"]) for place in plane["places"].values()}
-        assert {text.get_text() for text in axes.texts} == set(plane["places"])
+        assert {text.get_text() for text in axes.texts} == {"swa", "last", "pretrained", "sgd", "epoch-01"}
         assert axes.get_aspect() == 1
+    apart = ", ".join(f"{name} {plane['places'][name]['distance_from_plane']:.3g}" for name in ("sgd", "epoch-01"))
+    assert figure.get_supxlabel().endswith(f"how far they lie from it: {apart}")
     pyplot.close(figure)
 
 
@@ -428,7 +461,7 @@ def test_weights_of_another_network(swa_run: Path, tmp_path: Path):
     """A run of another network as a point is named with the first difference."""
     other = tmp_path / "other"
     AcceleratorState._reset_state(reset_partial_state=True)
-    finetune(configure(other, "--model.num_classes=7", "--swa.num_epochs=1"))
+    finetune(configure(other, "--model.name=test_resnet", "--swa.num_epochs=1"))
     assert "does not fit the network" in (text := refused(swa_run, points=("swa", f"other={other}"))) and str(other) in text
 
 

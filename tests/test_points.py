@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import QUICK_RUN, run_ranks
+from conftest import QUICK_RUN, one_line, run_ranks
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,7 +20,7 @@ from imagenet_swa.analysis import points as points_module
 from imagenet_swa.analysis.points import MeasureSettings, Point, conditions_of, key_of, l2_term, measure_points, read_journals
 from imagenet_swa.arguments import parse_config
 from imagenet_swa.batchnorm import recompute_statistics
-from imagenet_swa.config import OptimizerConfig
+from imagenet_swa.config import OptimizerConfig, TrainingError
 from imagenet_swa.data.sampling import statistics_batches
 from imagenet_swa.session import Session
 
@@ -317,6 +317,39 @@ def test_a_rank_waits_for_the_others(tmp_path: Path, session: Session, monkeypat
     runtime = replace(session.runtime, world_size=2)
     assert points_module._all_values(tmp_path, {"a", "b"}, runtime) == {"a": {"l2": 1.0}, "b": {"l2": 2.0}}
     assert looks == [1, 1, 1, 2]
+
+
+def test_a_rank_does_not_wait_for_one_that_failed(tmp_path: Path, session: Session, monkeypatch: pytest.MonkeyPatch):
+    """A rank that fails says why in the folder, those that wait end with that, and the next call goes on as if nothing were."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Session, "evaluate", fail)
+        with pytest.raises(MemoryError):
+            measure_points(session, several(session, 1.0), journal=tmp_path, settings=SETTINGS)
+    monkeypatch.setattr(points_module.time, "sleep", lambda _: pytest.fail("waited"))
+    with pytest.raises(TrainingError, match="another process failed, and its points are missing: MemoryError out of memory"):
+        points_module._all_values(tmp_path, {"a"}, replace(session.runtime, world_size=2))
+    assert measure_points(session, several(session, 1.0), journal=tmp_path, settings=SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["points-rank-00.jsonl"]
+
+
+def test_ranks_that_do_not_share_the_folder(tmp_path: Path, session: Session):
+    """A process that does not find what rank 0 put into the folder, as on another machine, is counted before any measuring."""
+
+    class Blind(type(session.runtime)):
+        @property
+        def is_main(self) -> bool:
+            return False
+
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor
+
+    runtime = Blind(**{**vars(session.runtime), "world_size": 1})
+    message = one_line(points_module._prepare_folder, tmp_path / "journal", runtime)
+    assert f"1 of 1 processes do not see {tmp_path / 'journal'} as rank 0 does" in message
 
 
 # ---------------------------------------------------------------------------------------------------------- memory

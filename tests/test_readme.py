@@ -134,7 +134,7 @@ def test_the_file_tree_is_the_real_one():
             listed |= {f"{folder}/{name}.py" for name in re.findall(r"\w+", re.sub(r"\(.*?\)", "", match.group(3)))}
     package = PROJECT / "imagenet_swa"
     real = {str(path.relative_to(package)) for path in package.rglob("*.py")}
-    with_init = {"bench/__init__.py", "config/__init__.py", "data/prepare/__init__.py"}
+    with_init = {"bench/__init__.py", "config/__init__.py", "data/prepare/__init__.py", "report/__init__.py"}
     assert listed == {n for n in real if Path(n).name not in ("__init__.py", "__main__.py") or n in with_init}
 
 

@@ -95,7 +95,7 @@ def test_the_header_shows_commands_that_work(path: Path):
     header = "\n".join(line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#"))
     text = " ".join(header.split())
     assert "sec. " in text or "No row of the paper" in text
-    assert "Measured here:" in text
+    assert "Measured here: not run yet" in text or "Measured: " in text
     commands = [shlex.split(line) for line in header.replace("\\\n", " ").splitlines() if line.startswith("   ")]
     assert any(words[:2] == ["bash", "launch/single_node.sh"] for words in commands)
     for words in commands:

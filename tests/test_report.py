@@ -31,6 +31,7 @@ from imagenet_swa.report import (
     paper_figure,
     plot_paper_schedules,
     plot_schedule,
+    plots,
     report_runs,
     table_rows,
     write_report,
@@ -146,12 +147,24 @@ def test_the_papers_numbers(tmp_path: Path, name: str, pretrained: str, swa_5: s
     assert "Izmailov et al. 2018, Table 2" in write_report(tmp_path).read_text()
 
 
-@pytest.mark.parametrize("name", ["resnet18.tv_in1k", "resnet50d.ra2_in1k", "wide_resnet50_2.tv_in1k", "densenet121"])
+OTHER_RECIPES = ["resnet50.a1_in1k", "resnet50.IMAGENET1K_V2"]
+
+
+@pytest.mark.parametrize("name", [*OTHER_RECIPES, "resnet18.tv_in1k", "resnet50d.ra2_in1k", "wide_resnet50_2.tv_in1k"])
 def test_other_networks_have_no_paper_column(tmp_path: Path, name: str):
     """A network that the paper did not fine-tune has neither its numbers nor its citation in the report."""
     assert all(paper_figure(name, network, epoch) == "" for network in ("pretrained", "swa") for epoch in (0, 5, 10))
     text = write_report(make_run(tmp_path, name=name)).read_text()
     assert "paper" not in text
+
+
+def test_other_data_sets_have_no_paper_column(tmp_path: Path):
+    """The paper's network with other classes than ImageNet's has none of its figures, alone or among others."""
+    assert paper_figure("resnet50", "swa", 10, num_classes=100) == ""
+    folder = scripted(tmp_path / "a", random_answers(0), model={"name": "resnet50.tv_in1k", "num_classes": 100})
+    assert "paper" not in write_report(folder).read_text()
+    (network,) = many([folder], tmp_path / "out")["networks"]
+    assert {level["paper"] for level in network["levels"]} == {None}
 
 
 def test_table_2_is_the_papers():
@@ -270,7 +283,7 @@ def test_runs_side_by_side(tmp_path: Path):
     for i, row in enumerate(rows):
         assert row == (f"seed-{i}", str(i), *[f"{100 * value:.2f}" for value in table[i]], f"{difference[i]:+.2f}")
     numbers = np.column_stack([100 * table, difference])
-    assert last[:2] == ("mean ± std", "SWA ahead in 3 of 4")
+    assert last[:2] == ("mean ± std; SWA ahead of its last capture in 3 of 4", "")
     told = np.array([cell.split(" ± ") for cell in last[2:]], float)
     np.testing.assert_allclose(told, np.column_stack([numbers.mean(0), numbers.std(0, ddof=1)]), atol=0.005 + 1e-9)
     assert {len(row) for row in (*rows, last)} == {len(RUN_COLUMNS)}
@@ -658,7 +671,7 @@ def test_table_2_over_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert table[1][4] == f"{swa.mean():.2f} ± {swa.std(ddof=1):.2f}"
     assert table[2] == ["the paper", "3", "76.15", "76.83 ± 0.01", "76.97 ± 0.05", "+0.82"]
     assert [row[0] for row in table[1:]] == ["resnet50.tv_in1k", "the paper", "resnet152.tv_in1k", "the paper"]
-    assert "SWA ahead in 3 of 3" in capsys.readouterr().out
+    assert "SWA ahead of its last capture in 3 of 3" in capsys.readouterr().out
 
 
 def test_gains_over_seeds(tmp_path: Path):
@@ -741,6 +754,59 @@ def test_table_1_over_seeds(tmp_path: Path):
     assert header == ["network", "epochs of a budget", "seeds", "SGD", "SWA, 1 budget", "SWA, 1.25 budgets", "gain, points"]
     values = np.array([100 * sgd_answers(seed)["pretrained", 20].mean() for seed in range(3)])
     assert row[:4] == ["vgg16", "20", "3", f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"]
+
+
+def test_what_sgd_and_the_budgets_are(tmp_path: Path):
+    """The report says how long a budget is, where SWA starts and at which rates both go, and warns of shared runs of SGD."""
+    sgd, swa = table_1_runs(tmp_path)
+    many([*sgd, *swa], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "vgg16: one budget is 20 epochs. SGD: plain SGD for the whole budget, at the learning rate 0.1 to 0.001" in text
+    assert "starts from such a run's weights after 15 epochs (0.75 budgets), goes on at the learning rate 0.001 to 1e-05" in text
+    assert "not independent" not in text
+    start = {"weights": sgd[0] / "captures" / "epoch-15.safetensors"}
+    other = scripted(tmp_path / "swa-9", random_answers(9), seed=9, model=VGG | start)
+    many([*sgd, *swa, other], tmp_path / "out")
+    assert "Several runs of SWA share a run of SGD" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_both_averages_have_their_gains(tmp_path: Path):
+    """Beside Alg. 1's average the gains of the captures alone stand in the table, over the same runs of SGD."""
+    sgd, swa = table_1_runs(tmp_path)
+    (network,) = many([*sgd, *swa], tmp_path / "out")["networks"]
+    right = [(random_answers(seed)["swa_without_pretrained", 10], sgd_answers(seed)["pretrained", 20]) for seed in range(3)]
+    other = network["gains_of_other_average"][-1]
+    assert other["of"] == "swa_without_pretrained"
+    assert other["values"] == pytest.approx([100 * (after.mean() - before.mean()) for after, before in right])
+    cells = [row[0] for table in tables_of((tmp_path / "out" / "report.md").read_text()) for row in table]
+    assert "SWA (Alg. 1), 1.25 budgets - SGD" in cells
+    assert "SWA, captures only, 1.25 budgets - SGD" in cells
+
+
+def test_arguments_of_a_network_are_in_its_name(tmp_path: Path):
+    """A quarter of a VGG is called that in every table; the order in which its arguments are written makes no other network."""
+    _, runs = table_1_runs(tmp_path, range(2), model=VGG | {"kwargs": {"width": 0.25, "dropout": 0.1}})
+    path = runs[1] / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"]["kwargs"] = {"dropout": 0.1, "width": 0.25}
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    (network,) = many(runs, tmp_path / "out")["networks"]
+    assert network["name"] == "vgg16 (dropout 0.1, width 0.25)"
+    assert network["seeds"] == [0, 1]
+
+
+def test_analyses_of_runs_are_in_the_page_of_many(tmp_path: Path):
+    """What one of many runs was analysed for stands in their report under that run's name, its picture by relative path."""
+    sgd, swa = table_1_runs(tmp_path)
+    (swa[1] / "ensemble").mkdir()
+    (swa[1] / "ensemble" / "ensemble.md").write_text("# Ensemble\n\nFar apart.\n\n![accuracy](reliability.png)\n")
+    Image.new("RGB", (3, 3)).save(swa[1] / "ensemble" / "reliability.png")
+    many([*sgd, *swa], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "## swa-1: what its analyses show\n\n### Ensemble" in text
+    assert "![accuracy](../swa-1/ensemble/reliability.png)" in text
+    assert "swa-0: what" not in text
+    assert len(Page((tmp_path / "out" / "report.html").read_text()).fetched) == 3
 
 
 def test_pairs_are_by_weights_then_by_seed(tmp_path: Path):
@@ -873,6 +939,43 @@ def test_where_the_report_goes(tmp_path: Path):
     assert "holds a run; choose another folder" in one_line(lambda: report_runs(runs, first[0]))
     (tmp_path / "file").write_text("")
     assert "is a file; choose another folder" in one_line(lambda: report_runs(runs, tmp_path / "file"))
+
+
+# -------------------------------------------------------------------------------------------------- gains as a picture
+
+
+def test_the_drawn_interval_is_no_longer_than_the_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The thick line of an interval over images ends where the interval does: no cap adds to it, and seeds have their dots."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    gain = {"label": "a - b", "mean": 0.1, "values": [0.0, 0.2], "over_seeds": {"low": -1.0, "high": 1.2}}
+    plots.plot_gains([gain | {"over_images": {"low": -0.3, "high": 0.5}}], tmp_path / "gains.png")
+    lines = {line.get_label(): line for line in drawn[0].axes[0].lines}
+    assert {line.get_solid_capstyle() for name, line in lines.items() if str(name).startswith("95 %")} == {"butt"}
+    wanted = {
+        "95 % over images": [-0.3, 0.5],
+        "95 % over seeds": [-1.0, 1.2],
+        "each seed": [0.0, 0.2],
+        "mean of the seeds": [0.1],
+    }
+    assert {name: np.asarray(lines[name].get_xdata()).tolist() for name in wanted} == wanted
+
+
+def test_the_picture_of_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """SGD's solutions at the full budget have their own mark, averages start at SGD's epochs, and nothing of them is cut off."""
+    drawn: list[Figure] = []
+    sgd, swa = ([load_run(folder) for folder in folders] for folders in table_1_runs(tmp_path))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    plots.plot_seeds(swa, sgd, 15, tmp_path / "seeds.png", title="a network")
+    axes = drawn[0].axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert np.asarray(lines["SGD at its full budget"].get_xdata()).tolist() == [20]
+    assert np.asarray(lines["SWA (Alg. 1)"].get_xdata()).tolist() == [15, 20, 25]
+    assert np.asarray(lines["captures of SWA"].get_xdata()).tolist() == [20, 25]
+    earlier = lines["SGD alone"].get_color()
+    heights = [height for line in axes.lines if line.get_color() != earlier for height in np.atleast_1d(line.get_ydata())]
+    assert axes.get_ylim()[0] < min(heights)
+    assert axes.get_xlim()[0] < 15
 
 
 # ------------------------------------------------------------------------------------------------- schedules as pictures

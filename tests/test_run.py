@@ -1,6 +1,7 @@
 """Runs that start from scratch, average from some epoch on, capture within epochs, average nothing, or hold images out."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from imagenet_swa.arguments import parse_config
+from imagenet_swa.config import Config, ModelConfig
 from imagenet_swa.data.loaders import hold_out
 from imagenet_swa.finetune import finetune
+from imagenet_swa.models import resolve_preprocessing
 from imagenet_swa.report import load_run
 from imagenet_swa.run import Run
-from imagenet_swa.session import Session
+from imagenet_swa.session import Session, compare_with_published
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -129,6 +132,15 @@ def test_swa_from_a_capture_of_plain_sgd(plain: Path, tmp_path: Path):
     assert (before["num_correct"], before["nll"]) == (after["num_correct"], after["nll"])
 
 
+def test_plain_sgd_without_its_checkpoints_is_not_overwritten(plain: Path, tmp_path: Path):
+    """A finished run of plain SGD, which left no average, is refused rather than trained anew when its checkpoints are gone."""
+    run = tmp_path / "run"
+    shutil.copytree(plain, run, ignore=shutil.ignore_patterns("checkpoints"))
+    message = one_line(lambda: train(run, *CONSTANT, "--swa.start_epoch=4"))
+    assert "holds a run but no valid checkpoint to go on from" in message
+    assert (run / "results.json").read_bytes() == (plain / "results.json").read_bytes()
+
+
 class PowerCut(Exception):
     """The machine goes down."""
 
@@ -217,6 +229,28 @@ def test_run_with_cycles_in_steps_resumes(in_steps: Path, tmp_path: Path, epoch:
     assert results_of(run) == results_of(in_steps)
 
 
+def test_captures_with_a_result_are_not_needed_again(tmp_path: Path):
+    """A run between two captures resumes without the file of the first, once that is evaluated; else it names the file."""
+    flags = ("--swa.cycle_steps=9", "--swa.num_epochs=3", "--swa.report_epochs=[]")  # epochs of six steps
+    run, file = tmp_path / "run", "captures/step-0000009.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "finish", lambda _: None)
+        original = Run.train_one_epoch
+        patch.setattr(Run, "train_one_epoch", lambda self: original(self) if self.epoch < 2 else stop())
+        with pytest.raises(PowerCut):
+            train(run, *flags)
+    (run / file).unlink()
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps([result for result in results if result["name"] != "capture"]))
+    assert f"no such weights file: {run / file}" in one_line(lambda: train(run, *flags))
+    (run / "results.json").write_text(json.dumps(results))
+    assert {step for name, step in results_of(train(run, *flags)) if name == "capture"} == {1.5, 3}
+
+
+def stop() -> None:
+    raise PowerCut
+
+
 # ----------------------------------------------------------------------------------------------------- images held out
 
 
@@ -269,6 +303,21 @@ def test_a_run_does_not_see_what_is_held_out(image_folder: Path, tmp_path: Path)
 
 
 # ------------------------------------------------------------------------------------------------------------- session
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({}, "50.00 % measured, 76.13 % published"),
+        ({"pretrained": False}, "measured in this pipeline"),
+        ({"weights": Path("weights.safetensors")}, "measured in this pipeline"),
+    ],
+)
+def test_only_published_weights_are_compared_with_published_figures(model: dict[str, Any], words: str):
+    """The figure of torchvision's ResNet-50 stands beside its own weights' result; not beside a file's or random weights'."""
+    config = Config(model=ModelConfig(library="torchvision", name="resnet50.IMAGENET1K_V1", **model))
+    preprocessing = resolve_preprocessing(config.model, config.preprocessing, nn.Identity())
+    assert words in compare_with_published(config, preprocessing, 0.5, 50_000)
 
 
 class Counting(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagenet_swa.config import SwaConfig
@@ -127,6 +127,7 @@ def test_three_part_rate_is_the_line_through_its_corners(budget: int, rates: lis
     assert rate == pytest.approx(wanted, rel=1e-9, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(half=st.integers(1, 500), cycle=st.integers(0, 5), rates=st.tuples(st.floats(0, 10), st.floats(0, 10)).map(sorted))
 def test_triangle_is_lowest_where_it_is_captured(half: int, cycle: int, rates: list[float]):
     """A triangular cycle of 2 h steps is the line through (0, max), (h, min), (2 h, max), with its capture at h."""

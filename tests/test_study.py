@@ -250,6 +250,18 @@ def test_runs_of_another_grid(tmp_path: Path, mild: Path):
     assert "have different training images" in one_line(report_study, load_grid(other))
 
 
+def test_runs_that_differ_in_more_than_the_grid_says(tmp_path: Path):
+    """After a change of the base between two runs the plot would show two things at once; the setting is named."""
+    grid = make_grid(tmp_path, runs={"one": {"swa.lr_max": 0.1}, "two": {"swa.lr_max": 0.2}})
+    for name, rate in (("one", 0.1), ("two", 0.2)):
+        finished(tmp_path / "runs" / name, {"lr_max": rate}, (0.6, 0.7, 0.72, 0.75))
+    report_study(load_grid(grid))
+    path = tmp_path / "runs" / "two" / "config.yaml"
+    path.write_text(path.read_text().replace("global_batch_size: 256", "global_batch_size: 512"))
+    message = one_line(report_study, load_grid(grid))
+    assert f"{tmp_path}/runs/one has global_batch_size 256, {tmp_path}/runs/two has 512" in message
+
+
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 

@@ -53,6 +53,7 @@ class RunWeights:
         results: its results.json.
         found: the captures that are on disk, by step.
         num_averaged: captures in its average; 0: plain SGD.
+        fingerprints: of the images that it has seen, by `train` and `val`; empty where the run does not say.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class RunWeights:
     results: list[dict[str, Any]]
     found: tuple[Capture, ...]
     num_averaged: int
+    fingerprints: dict[str, str]
 
     @classmethod
     def load(cls, folder: Path) -> "RunWeights":
@@ -79,7 +81,8 @@ class RunWeights:
         require(bool(last), f"{unfinished}: nothing was evaluated after epoch {swa['num_epochs']}, its last")
         require(solution.is_file(), f"{unfinished}: {solution.name} is missing")
         found = sorted((_capture_at(path) for path in folder.glob("captures/*.safetensors")), key=lambda c: c.step)
-        return cls(folder, config, results, tuple(found), _capture_at(solution).num_averaged if averages else 0)
+        num_averaged = _capture_at(solution).num_averaged if averages else 0
+        return cls(folder, config, results, tuple(found), num_averaged, _fingerprints(folder))
 
     @property
     def captures(self) -> tuple[Capture, ...]:
@@ -184,11 +187,32 @@ def _resolve(run: RunWeights, spec: str) -> tuple[str, Path | None]:
     require(bool(name) and bool(rest), f"{spec!r} names no weights; wanted one of {_NAMES}")
     path = Path(rest)
     if path.is_dir():
-        return name, RunWeights.load(path).solution_path
+        other = RunWeights.load(path)
+        _check_same_images(run, other)
+        return name, other.solution_path
     if path.is_file() or path.suffix or len(path.parts) > 1:
         require(path.is_file(), f"{spec}: no such weights file or run: {path}")
         return name, path
     return name, _own_file(run, rest)
+
+
+def _check_same_images(run: RunWeights, other: RunWeights) -> None:
+    """Weights made for other images have no place beside the run's: neither their train loss nor their test error compares."""
+    for split, words in (("train", "training"), ("val", "validation")):
+        first, second = (r.fingerprints.get(split) for r in (run, other))
+        require(
+            None in (first, second) or first == second,
+            f"{run.folder} and {other.folder} have different {words} images (fingerprints {str(first)[:12]} and "
+            f"{str(second)[:12]}); choose runs of one data set",
+        )
+
+
+def _fingerprints(folder: Path) -> dict[str, str]:
+    try:
+        data = json.loads((folder / "environment.json").read_text())["data"]
+        return {split: data[split]["fingerprint"] for split in ("train", "val")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _own_file(run: RunWeights, spec: str) -> Path | None:

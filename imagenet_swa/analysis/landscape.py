@@ -92,13 +92,18 @@ class LandscapeSettings:
 
 @dataclass(frozen=True)
 class Given:
-    """Weights that the user named: `vector` (n,) float64, `sha` of the weights."""
+    """Weights that the user named, and the `sha` of them."""
 
     name: str
     spec: str
     weights: Weights
-    vector: torch.Tensor
+    coordinates: Coordinates
     sha: str
+
+    @property
+    def vector(self) -> torch.Tensor:
+        """(n,) float64, made anew each time: kept, those of ten large networks would fill the memory of a machine's ranks."""
+        return self.coordinates.flatten(self.weights)
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,10 @@ def landscape(config: Config, settings: LandscapeSettings, say: Callable[[str], 
     given = [_given(run, spec, session, coordinates) for spec in (*settings.specs, *settings.others)]
     plan = {"rays": _plan_rays, "line": _plan_line, "plane": _plan_plane}[settings.kind](given, settings, coordinates)
     folder = settings.output or config.output / "landscape"
-    measure = _how_to_measure(run, config, settings)
+    measure, notes = _how_to_measure(run, config, settings), _notes(run, session)
     say_once = say if session.runtime.is_main else _silently
+    for note in notes:
+        say_once(note)
     values = measure_points(session, [*map(_at, given), *plan.points], journal=folder, settings=measure, say=say_once)
     path = folder / f"{settings.kind}.json"
     if session.runtime.is_main:
@@ -135,9 +142,10 @@ def landscape(config: Config, settings: LandscapeSettings, say: Callable[[str], 
             "settings": to_plain(settings),
             "environment": environment_record(session.runtime, config),
             "conditions": conditions_of(session, measure),
+            "notes": notes,
             "coordinates": f"{coordinates.num} trainable parameters in {len(coordinates.shapes)} tensors, no buffers",
             "points": {g.name: _about(g, values[g.name]) for g in given},
-            "distances": {a.name: {b.name: distance(a.vector, b.vector) for b in given} for a in given},
+            "distances": _distances(given),
             **plan.record(values),
         }
         write_atomically(path, json.dumps(_sayable(record), indent=1))
@@ -147,9 +155,28 @@ def landscape(config: Config, settings: LandscapeSettings, say: Callable[[str], 
     return path
 
 
+def _notes(run: RunWeights, session: Session) -> list[str]:
+    """What a reader has to know where flags laid over the run's configuration show other images than the run has seen."""
+    words = {"train": "training", "val": "validation"}
+    return [
+        f"The {words[split]} images are not those of the run (another fingerprint): compare with no figure of the run."
+        for split, index in zip(words, session.indices, strict=True)
+        if run.fingerprints.get(split) not in (None, index.fingerprint)
+    ]
+
+
 def _given(run: RunWeights, spec: str, session: Session, coordinates: Coordinates) -> Given:
     name, weights = weights_of(run, spec, session.network)
-    return Given(name, spec, weights, coordinates.flatten(weights), digest(weights))
+    return Given(name, spec, weights, coordinates, digest(weights))
+
+
+def _distances(given: Sequence[Given]) -> dict[str, dict[str, float]]:
+    found = {g.name: dict.fromkeys([g.name for g in given], 0.0) for g in given}
+    for i, a in enumerate(given):
+        vector = a.vector
+        for b in given[i + 1 :]:
+            found[a.name][b.name] = found[b.name][a.name] = distance(vector, b.vector)
+    return found
 
 
 def _at(given: Given) -> Point:

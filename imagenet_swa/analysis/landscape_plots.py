@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Record = Mapping[str, Any]
-PANELS = {"train_loss": ("train loss", 1), "test_error": ("test error, %", 100)}
+PANELS = {"train_loss": ("train loss with L2 term", 1), "test_error": ("test error, %", 100)}
 _COLORS = ("tab:red", "tab:blue", "tab:green", "tab:purple", "tab:orange", "tab:brown")
 _MARKERS = ("*", "o", "s", "D", "^", "v")
 _NUM_LEVELS = 12
@@ -34,12 +34,25 @@ def _draw_rays(record: Record, pyplot: Any) -> Any:
     for (key, (title, factor)), panel in zip(PANELS.items(), panels, strict=True):
         for (centre, rays), color in zip(record["rays"].items(), _cycle(_COLORS, len(record["rays"])), strict=True):
             curves = factor * _numbers([ray[key] for ray in rays])
+            label = f"{centre}, mean of {len(rays)} directions" if panel is panels[0] else None
             panel.plot(record["distance"], curves.T, color=color, linewidth=0.6, alpha=0.45)
-            panel.plot(record["distance"], curves.mean(0), color=color, linewidth=2.2, label=f"{centre}, mean of {len(rays)}")
+            panel.plot(record["distance"], curves.mean(0), color=color, linewidth=2.2, label=label)
         panel.set(xlabel="distance from the centre", ylabel=title)
         panel.grid(alpha=0.3)
-    panels[0].legend()
+    panels[0].legend(fontsize=8)
+    _mark_widths(panels[1], record)
     return figure
+
+
+def _mark_widths(panel: Any, record: Record) -> None:
+    """A dotted line where each centre's test error has risen by a point, in the mean over its rays if all of them got there."""
+    centres = record["widths"]["centres"]
+    for (name, centre), color in zip(centres.items(), _cycle(_COLORS, len(centres)), strict=True):
+        if centre["num_censored"] == 0:
+            label = f"{name}: +{100 * record['widths']['rise_of_test_error']:g} point at {centre['mean']:.3g}"
+            panel.axvline(centre["mean"], color=color, linestyle=":", linewidth=1.5, label=label)
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(fontsize=8)
 
 
 def _draw_line(record: Record, pyplot: Any) -> Any:
@@ -78,11 +91,15 @@ def _draw_plane(record: Record, pyplot: Any) -> Any:
         for (name, place), marker in zip(record["places"].items(), _cycle(_MARKERS, len(record["places"])), strict=True):
             face, edge = ("black", "white") if name in spanning else ("white", "black")
             panel.plot(place["x"], place["y"], marker, color=face, markeredgecolor=edge, markersize=10 if marker == "*" else 7)
-            side = 6 if place["y"] > 0 or name == spanning[0] else -14  # names of what lies close together go apart
-            text = panel.annotate(name, (place["x"], place["y"]), xytext=(5, side), textcoords="offset points", fontsize=9)
+            side = 6 if name in spanning else -14  # names of what lies close together go apart
+            text = panel.annotate(name, (place["x"], place["y"]), xytext=(5, side), textcoords="offset points", fontsize=8)
             text.set_bbox({"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1})
         panel.set(xlabel="distance in weight space", title=title, aspect="equal")
     panels[0].set_ylabel("distance in weight space")
+    apart = {name: place["distance_from_plane"] for name, place in record["places"].items() if name not in spanning}
+    if apart:
+        listed = ", ".join(f"{name} {distance:.3g}" for name, distance in apart.items())
+        figure.supxlabel(f"projected onto the plane, and how far they lie from it: {listed}", fontsize=9)
     return figure
 
 

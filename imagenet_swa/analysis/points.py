@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from imagenet_swa.config import OptimizerConfig, to_plain
+from imagenet_swa.config import OptimizerConfig, TrainingError, require, to_plain
 from imagenet_swa.files import flush_file
 from imagenet_swa.models import Weights
 from imagenet_swa.optim import make_sgd
@@ -30,6 +31,7 @@ Values = dict[str, Any]
 _MOST_NETWORKS_PER_PASS = 16
 _SHARE_OF_MEMORY = 4
 _SECONDS_BETWEEN_LOOKS = 0.5
+_FAILED = "failed-rank-*.txt"
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,13 @@ def measure_points(
     Args:
         journal: folder of the journals; those that it holds are read, and only what is missing is measured. Lines that
             another configuration, other images or other weights left there stay and are not used.
+
+    Raises:
+        InputError: the ranks do not see the same folder.
+        TrainingError: another rank failed.
     """
     runtime = session.runtime
-    if runtime.is_main:
-        journal.mkdir(parents=True, exist_ok=True)
+    _prepare_folder(journal, runtime)
     conditions = conditions_of(session, settings)
     # Rank 0's, since the last bits of what defines a point may differ between machines.
     keys = runtime.from_main({point.name: key_of(point, conditions) for point in points})
@@ -93,8 +98,12 @@ def measure_points(
     if runtime.is_main:
         say(_what_is_to_do(len(set(keys.values())), len(missing), len(done)))
     mine = missing[runtime.rank :: runtime.world_size]
-    if mine:
-        _measure_and_note(session, mine, keys, journal, settings, say if runtime.is_main else lambda _line: None)
+    try:
+        if mine:
+            _measure_and_note(session, mine, keys, journal, settings, say if runtime.is_main else lambda _line: None)
+    except BaseException as error:
+        (journal / _FAILED.replace("*", f"{runtime.rank:02d}")).write_text(f"{type(error).__name__} {error}"[:500])
+        raise
     values = _all_values(journal, set(keys.values()), runtime)
     return {name: values[key] for name, key in keys.items()}
 
@@ -168,13 +177,36 @@ def _measure_and_note(
         _end_last_line(file)
         for part in np.array_split(np.arange(len(points)), num_passes):
             group = [points[i] for i in part]
-            for point, values in zip(group, _measure(session, group, settings), strict=True):
-                entry = {"key": keys[point.name], "name": point.name, "values": _without_nan(values)}
-                file.write(json.dumps(entry).encode() + b"\n")
+            entries = [
+                {"key": keys[point.name], "name": point.name, "values": _without_nan(values)}
+                for point, values in zip(group, _measure(session, group, settings), strict=True)
+            ]
+            # At once: should two commands note into one folder, their lines must not mix.
+            file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
             flush_file(file)
             num_done += len(group)
             seconds = (time.perf_counter() - start) / num_done
             say(f"  {num_done} of {len(points)} points of this process, {seconds:.1f} s each")
+
+
+def _prepare_folder(journal: Path, runtime: Runtime) -> None:
+    """Make the folder, clear it of what an earlier failure left, and see that all ranks share it: else they wait for ever."""
+    token = runtime.from_main(uuid.uuid4().hex)
+    mark = journal / f"{token}.tmp"
+    if runtime.is_main:
+        journal.mkdir(parents=True, exist_ok=True)
+        for path in journal.glob(_FAILED):
+            path.unlink()
+        mark.touch()
+    runtime.barrier()
+    num_blind = int(runtime.sum(torch.tensor(int(not mark.exists()))))
+    if runtime.is_main:
+        mark.unlink()
+    require(
+        num_blind == 0,
+        f"{num_blind} of {runtime.world_size} processes do not see {journal} as rank 0 does; the folder of the results must be "
+        "one that all machines share",
+    )
 
 
 def _end_last_line(file: Any) -> None:
@@ -189,10 +221,12 @@ def _all_values(journal: Path, wanted: set[str], runtime: Runtime) -> dict[str, 
     """The journals' values once all of them are there.
 
     Other ranks may need hours longer where points do not divide evenly, and a barrier has its time limit: so look, and wait.
-    A rank that fails ends the others through the launcher.
+    A rank that fails says so in the folder; one that is killed ends the others through the launcher.
     """
     while not wanted <= (values := read_journals(journal)).keys():
         assert runtime.world_size > 1
+        for path in journal.glob(_FAILED):
+            raise TrainingError(f"another process failed, and its points are missing: {path.read_text()} ({path})")
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     runtime.barrier()
     return values

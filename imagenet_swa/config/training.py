@@ -84,7 +84,7 @@ class SwaConfig:
         for epoch in self.report_epochs:
             require(
                 epoch % self.cycle_epochs == 0,
-                f"swa.report_epochs: nothing is captured after epoch {epoch}; "
+                f"swa.report_epochs: no cycle ends with epoch {epoch}; "
                 f"wanted positive multiples of swa.cycle_epochs {self.cycle_epochs}",
             )
 
@@ -146,7 +146,8 @@ class EvaluationConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the evaluation and of the BatchNorm pass."""
     captures: bool = True
-    """Evaluate the captured weights of every cycle, one more pass over the validation images each."""
+    """Evaluate captured weights too: at the end of an epoch the last capture that it had, one more pass over the validation
+    images."""
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"evaluation.batch_size must be at least 1, got {self.batch_size}")

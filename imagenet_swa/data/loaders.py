@@ -53,6 +53,15 @@ def build_indices(
     return train, val
 
 
+def num_training_images(config: Config) -> int | None:
+    """How many images a run trains on, None where the configuration names none."""
+    if config.data.synthetic:
+        return config.data.synthetic_num_images[0] - config.data.num_held_out
+    if config.data.train is None:
+        return None
+    return len(hold_out(_index_of(config, "train", None, untracked), config.data.num_held_out)[0])
+
+
 def hold_out(train: ImageIndex, num_held_out: int) -> tuple[ImageIndex, ImageIndex | None]:
     """The training images without those held out, and those, if any; which ones follows from the numbers of images alone.
 

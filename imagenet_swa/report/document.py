@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def _markdown_block(block: Block, folder: Path) -> str:
             title = f"**{block.title}**\n\n" if block.title else ""
             return title + markdown_table(block.columns, block.rows)
         case Picture():
-            return f"![{block.about}]({block.path.relative_to(folder).as_posix()})"
+            return f"![{block.about}]({Path(os.path.relpath(block.path, folder)).as_posix()})"
 
 
 STYLE = """

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from imagenet_swa.analysis.widths import COLUMNS as WIDTH_COLUMNS
@@ -30,6 +31,13 @@ def finding_blocks(folder: Path) -> list[Block]:
     return blocks
 
 
+def findings_under(folder: Path, title: str) -> list[Block]:
+    """The same below a heading of their own, nothing where nothing was analysed: for a report of many runs."""
+    blocks = finding_blocks(folder)
+    lower = [replace(block, level=block.level + 1) if isinstance(block, Heading) else block for block in blocks]
+    return [Heading(title), *lower] if lower else []
+
+
 def _readable(path: Path, read: Callable[[Path], list[Block]]) -> list[Block]:
     try:
         return read(path)
@@ -43,7 +51,11 @@ def _landscape(path: Path, title: str) -> list[Block]:
         (name, f"{point['train_loss']:.4f}", f"{100 * point['test_error']:.2f}", f"{point['norm']:.4g}")
         for name, point in record["points"].items()
     ]
-    blocks: list[Block] = [Heading(title), Rows(("weights", "train loss, L2 included", "test error %", "norm"), points)]
+    blocks: list[Block] = [
+        Heading(title),
+        *map(Paragraph, record.get("notes", [])),
+        Rows(("weights", "train loss, L2 included", "test error %", "norm"), points),
+    ]
     if "widths" in record:
         rise = 100 * record["widths"]["rise_of_test_error"]
         caption = f"Width: distance at which the test error has risen by {rise:g} point"

@@ -1,6 +1,7 @@
 """Which runs belong together, and whether they may stand in one report."""
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ class Network:
     def model(self) -> dict[str, Any]:
         """The settings of the network."""
         return self.runs[0].config["model"]
+
+    @property
+    def name(self) -> str:
+        """What it is called, with the arguments that it was built with: a quarter of a network is not that network."""
+        arguments = ", ".join(f"{key} {value}" for key, value in sorted(self.model.get("kwargs", {}).items()))
+        return f"{self.model['name']} ({arguments})" if arguments else self.model["name"]
 
     @property
     def budget(self) -> int | None:
@@ -76,7 +83,7 @@ def group_runs(runs: Sequence[RunFiles]) -> list[Network]:
 
 def _network_of(run: RunFiles) -> tuple[Any, ...]:
     model = run.config["model"]
-    return model["library"], model["name"], model["num_classes"], str(model.get("kwargs", {}))
+    return model["library"], model["name"], model["num_classes"], json.dumps(model.get("kwargs", {}), sort_keys=True)
 
 
 def _make_network(runs: Sequence[RunFiles]) -> Network:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from imagenet_swa.data.imagenet import PAPER_TABLE_2
+from imagenet_swa.data.imagenet import NUM_CLASSES, PAPER_TABLE_2
 
 Figure = tuple[float, float | None]  # mean and standard deviation of three runs, per cent
 
@@ -25,18 +25,20 @@ PAPER_TABLE_1: dict[tuple[int, str], dict[str | float, Figure]] = {
 
 # The arguments with which the paper's networks are built, where they are not all in the name.
 _ARGUMENTS = {"shakeshakeresnet_cifar": {"blocks": 26, "bottleneck": False, "first_stage_channels": 64}}
+_PAPER_WEIGHTS = ("", "tv_in1k", "IMAGENET1K_V1")  # what the libraries call those that Table 2 starts from
 _AS_IN_THE_PAPER = {"width": 1, "dropout": 0.5}
 
 
-def paper_figure(model_name: str, network: str, epoch: float) -> str:
+def paper_figure(model_name: str, network: str, epoch: float, *, num_classes: int = NUM_CLASSES) -> str:
     """Table 2's cell for this network as text, "" where the paper has none."""
-    figure = table_2(model_name, network, epoch)
+    figure = table_2(model_name, network, epoch, num_classes=num_classes)
     return "" if figure is None else figure_text(figure)
 
 
-def table_2(model_name: str, network: str, epoch: float) -> Figure | None:
-    """Table 2's top-1 in per cent for this network."""
-    row = PAPER_TABLE_2.get(model_name.partition(".")[0], {})
+def table_2(model_name: str, network: str, epoch: float, *, num_classes: int = NUM_CLASSES) -> Figure | None:
+    """Table 2's top-1 in per cent for this network, None for weights of another recipe or with other classes than ImageNet's."""
+    name, _, recipe = model_name.partition(".")
+    row = PAPER_TABLE_2.get(name, {}) if recipe in _PAPER_WEIGHTS and num_classes == NUM_CLASSES else {}
     key = "pretrained" if network == "pretrained" else f"swa {epoch}" if network.startswith("swa") else ""
     return row.get(key)
 

@@ -110,41 +110,71 @@ def draw_schedule(axes: Any, swa: SwaConfig, steps_per_epoch: int, *, in_epochs:
 
 def plot_gains(gains: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A line per comparison: the mean gain, its interval over images (thick) and over seeds (thin), a dot per seed."""
-    figure, (axes,) = new_figure(1, size=(8, 1.4 + 0.45 * len(gains)))
+    figure, (axes,) = new_figure(1, size=(8, 1.8 + 0.4 * len(gains)))
     for row, gain in enumerate(gains):
-        y = len(gains) - 1 - row
-        if gain["over_seeds"]:
-            axes.plot([gain["over_seeds"]["low"], gain["over_seeds"]["high"]], [y, y], color="tab:gray", linewidth=1)
-        axes.plot([gain["over_images"]["low"], gain["over_images"]["high"]], [y, y], color="tab:red", linewidth=4, alpha=0.6)
-        axes.plot(gain["values"], [y] * len(gain["values"]), "o", color="k", markersize=3, alpha=0.6)
-        axes.plot([gain["mean"]], [y], "D", color="tab:red", markersize=6)
+        y, seeds, images = len(gains) - 1 - row, gain["over_seeds"], gain["over_images"]
+        marks = [
+            (
+                [images["low"], images["high"]],
+                "-",
+                {"color": "tab:red", "linewidth": 7, "alpha": 0.35},
+                "95 % over images",
+            ),
+            (gain["values"], "o", {"color": "k", "markersize": 3}, "each seed"),
+            ([gain["mean"]], "D", {"color": "tab:red", "markersize": 6, "zorder": 3}, "mean of the seeds"),
+        ]
+        if seeds:
+            marks.append(
+                (
+                    [seeds["low"], seeds["high"]],
+                    "|-",
+                    {"color": "tab:gray", "linewidth": 1},
+                    "95 % over seeds",
+                )
+            )
+        for values, shape, style, label in marks:
+            label = label if row == 0 else None
+            axes.plot(values, [y] * len(values), shape, label=label, solid_capstyle="butt", **style)
     axes.axvline(0, color="k", linewidth=0.8)
     axes.set_ylim(-0.6, len(gains) - 0.4)
     axes.set_yticks(range(len(gains) - 1, -1, -1), [gain["label"] for gain in gains], fontsize=8)
-    axes.set_xlabel("gain, points of top-1 (red: 95 % over images; grey: 95 % over seeds; dots: seeds)", fontsize=8)
+    axes.set_xlabel("gain, points of top-1")
     axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper right", ncols=4, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
-def plot_seeds(runs: Sequence[RunFiles], baselines: Sequence[RunFiles], epochs_before: float, path: Path) -> None:
-    """Top-1 against epochs in all of the runs of one network: a line per seed, captures and averages; SGD alone in grey."""
+def plot_seeds(
+    runs: Sequence[RunFiles], baselines: Sequence[RunFiles], epochs_before: float, path: Path, *, title: str | None = None
+) -> None:
+    """Top-1 against epochs in all of the runs of one network: a line per seed, captures and averages; SGD alone in grey, its
+    solutions as black squares. Where there are averages the picture begins below what they start from: what is earlier would
+    press together what is to be seen.
+    """
     figure, (axes,) = new_figure(1, size=(8, 4))
-    groups = [(baselines, ["capture", "pretrained"], ("tab:gray", "."), 0.0, "SGD alone")]
-    for name in ("capture", "swa", "swa_without_pretrained"):
-        names = [name] if name == "capture" else ["pretrained", name]
-        groups.append((runs, names, STYLES[name], epochs_before, TITLES[name]))
-    for of_runs, names, (color, marker), offset, title in groups:
+    groups = [
+        (baselines, ["capture", "pretrained"], ("tab:gray", "."), 0.0, "SGD alone"),
+        (baselines, ["pretrained"], STYLES["pretrained"], 0.0, "SGD at its full budget"),
+        (runs, ["capture"], STYLES["capture"], epochs_before, "captures of SWA"),
+        *[(runs, ["pretrained", name], STYLES[name], epochs_before, TITLES[name]) for name in ("swa", "swa_without_pretrained")],
+    ]
+    lowest = []
+    for of_runs, names, (color, marker), offset, label in groups:
         for number, run in enumerate(of_runs):
             points = sorted((r["epoch"] + offset, 100 * r["top1"]) for r in run.results if r["name"] in names)
-            label = title if number == 0 else None
-            line = ":" if title.startswith("SWA") else "-"
             if points:
-                axes.plot(*zip(*points, strict=True), line, color=color, marker=marker, markersize=4, linewidth=0.8, label=label)
+                style = {"color": color, "marker": marker, "markersize": 4, "linewidth": 0.8}
+                style |= {"label": None if number else label, "zorder": 3 if names == ["pretrained"] else 2}
+                axes.plot(*zip(*points, strict=True), ":" if label in TITLES.values() else "-", **style)
+                lowest += [min(top1 for _, top1 in points)] if of_runs is runs or names == ["pretrained"] else []
+    if runs and baselines:
+        axes.set_ylim(bottom=min(lowest) - 0.5)
+        axes.set_xlim(left=0.9 * epochs_before)
     axes.set_xlabel("epochs, those of the start included" if epochs_before else "epochs")
     axes.set_ylabel("top-1 accuracy, %")
-    axes.legend()
+    axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.suptitle((*runs, *baselines)[0].network)
+    figure.suptitle(f"{title or (*runs, *baselines)[0].network}: a line per seed")
     figure.savefig(path, dpi=100)
 
 

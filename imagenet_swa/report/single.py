@@ -5,13 +5,12 @@ from typing import Any
 
 from imagenet_swa.config import InputError
 from imagenet_swa.files import write_atomically
-from imagenet_swa.report.answers import read_answers
 from imagenet_swa.report.document import Block, Bullets, Heading, Paragraph, Picture, Rows, json_text, markdown, page
 from imagenet_swa.report.findings import finding_blocks
-from imagenet_swa.report.gains import gain_rows, measure_gain
+from imagenet_swa.report.gains import gain_rows, measure_gain, read_answers
 from imagenet_swa.report.paper import paper_figure
 from imagenet_swa.report.plots import plot_trajectory
-from imagenet_swa.report.runs import TITLES, RunFiles, load_run
+from imagenet_swa.report.runs import RunFiles, load_run
 from imagenet_swa.report.tables import COLUMNS, epochs_text, table_rows
 
 
@@ -72,7 +71,7 @@ def _gains(run: RunFiles) -> tuple[list[dict[str, Any]], str | None]:
     try:
         answers = {name: read_answers(run, result) for name, result in found.items() if result is not None}
         return [
-            measure_gain(_gain_label(found, after, before), [run.seed], [answers[before]], [answers[after]])
+            measure_gain(_gain_label(run, found, after, before), [run.seed], [answers[before]], [answers[after]])
             for after, before in (("swa", "pretrained"), ("capture", "pretrained"), ("swa", "capture"))
             if after in answers and before in answers
         ], None
@@ -80,13 +79,13 @@ def _gains(run: RunFiles) -> tuple[list[dict[str, Any]], str | None]:
         return [], str(error)
 
 
-def _gain_label(found: dict[str, Any], after: str, before: str) -> str:
+def _gain_label(run: RunFiles, found: dict[str, Any], after: str, before: str) -> str:
     words = {("swa", "pretrained"): "in all", ("capture", "pretrained"): "fine-tuning", ("swa", "capture"): "averaging"}
     names = []
     for name in (after, before):
         result = found[name]
         when = epochs_text(result["epoch"])
-        names.append(f"{TITLES[result['name']]}, epoch {when}" if when else TITLES[result["name"]])
+        names.append(f"{run.title(result['name'])}, epoch {when}" if when else run.title(result["name"]))
     return f"{words[after, before]}: {names[0]} - {names[1]}"
 
 
@@ -118,7 +117,7 @@ def _description(run: RunFiles) -> Bullets:
     num_left_out = max(result.get("num_left_out", 0) for result in run.results)
     if num_left_out:
         items.append(f"**{num_left_out} validation images were left out**: they cannot be decoded (bad-images-rank-*.tsv)")
-    if paper_figure(run.network, "pretrained", 0):
+    if paper_figure(run.network, "pretrained", 0, num_classes=run.config["model"]["num_classes"]):
         items.append(
             "paper: Izmailov et al. 2018, Table 2, mean ± standard deviation of 3 runs; its pretrained column is from the "
             "torchvision documentation of its time, not a measurement, so compare gains rather than levels"

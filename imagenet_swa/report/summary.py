@@ -6,11 +6,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from imagenet_swa.config import require
+from imagenet_swa.config import SwaConfig, require
 from imagenet_swa.files import write_atomically
-from imagenet_swa.report.answers import Answers, read_answers
 from imagenet_swa.report.document import Block, Bullets, Heading, Paragraph, Picture, Rows, json_text, markdown, page
-from imagenet_swa.report.gains import gain_rows, measure_gain
+from imagenet_swa.report.findings import findings_under
+from imagenet_swa.report.gains import Answers, gain_rows, measure_gain, read_answers
 from imagenet_swa.report.groups import Network, group_runs
 from imagenet_swa.report.paper import Figure, table_1, table_2
 from imagenet_swa.report.plots import plot_gains, plot_seeds
@@ -63,7 +63,7 @@ def summarise(network: Network) -> dict[str, Any]:
     """All numbers of a network's runs as plain values: levels in per cent, gains in points."""
     first = network.runs[0]
     return {
-        "name": first.network,
+        "name": network.name,
         "library": network.model["library"],
         "num_classes": network.model["num_classes"],
         "num_images": first.results[0]["num_images"],
@@ -77,7 +77,8 @@ def summarise(network: Network) -> dict[str, Any]:
         "sgd_runs": [str(run.folder) for run in network.sgd],
         "baselines": [str(run.folder) for run in network.baselines],
         "levels": _levels(network),
-        "gains": _gains(network) if network.swa else [],
+        "gains": _gains(network, _main_average(network)) if network.swa else [],
+        "gains_of_other_average": _gains(network, _other_average(network)) if network.swa else [],
         "decomposition": _decomposition(network) if network.swa else [],
     }
 
@@ -86,6 +87,10 @@ def _main_average(network: Network) -> str:
     """The average that counts: the one that the runs leave as swa.safetensors."""
     settings = [run.swa.include_pretrained for run in network.swa]
     return "swa" if any(settings) or not settings else "swa_without_pretrained"
+
+
+def _other_average(network: Network) -> str:
+    return next(name for name in AVERAGES if name != _main_average(network))
 
 
 def _levels(network: Network) -> list[dict[str, Any]]:
@@ -127,7 +132,7 @@ def _paper(network: Network, name: str, epoch: float, budgets: float | None) -> 
         return row["sgd"]
     if row and name in AVERAGES:
         return row.get(nearest_quarter(budgets) or 0.0)
-    return None if name == "sgd" else table_2(network.model["name"], name, epoch)
+    return None if name == "sgd" else table_2(network.model["name"], name, epoch, num_classes=network.model["num_classes"])
 
 
 def nearest_quarter(budgets: float | None) -> float | None:
@@ -174,9 +179,9 @@ class _Reader:
         return self.of(runs, [result for run in runs if (result := run.result(name, epoch)) is not None])
 
 
-def _gains(network: Network) -> list[dict[str, Any]]:
-    """Gains of the average at each report over SGD at the full budget, where it was run, else over the pretrained network."""
-    reader, name = _Reader(network), _main_average(network)
+def _gains(network: Network, name: str) -> list[dict[str, Any]]:
+    """Gains of an average at each report over SGD at the full budget, where it was run, else over the pretrained network."""
+    reader = _Reader(network)
     over = "sgd" if network.baselines else "pretrained"
     before = reader.baseline() if network.baselines else reader.final("pretrained")
     words = "SGD" if network.baselines else network.swa[0].title("pretrained")
@@ -184,7 +189,7 @@ def _gains(network: Network) -> list[dict[str, Any]]:
     for epoch in _report_epochs(network):
         budgets = nearest_quarter(network.budgets(epoch))
         when = f"{epoch} epochs" if budgets is None else budgets_text(budgets)
-        label = f"{network.runs[0].network}: {TITLES[name]}, {when} - {words}"
+        label = f"{TITLES[name]}, {when} - {words}"
         gain = measure_gain(label, [run.seed for run in network.swa], before, reader.average(name, epoch))
         gains.append({"of": name, "epoch": epoch, "budgets": budgets, "over": over} | gain)
     return gains
@@ -198,7 +203,7 @@ def _decomposition(network: Network) -> list[dict[str, Any]]:
     return [
         {"part": part, "of": after, "over": before}
         | measure_gain(
-            f"{network.runs[0].network}, {part}: {words[after]} - {words[before]}",
+            f"{part}: {words[after]} - {words[before]}",
             [run.seed for run in network.swa],
             reader.final(before),
             reader.final(after),
@@ -214,32 +219,64 @@ def _blocks(networks: Sequence[Network], records: Sequence[dict[str, Any]], fold
     blocks: list[Block] = [Heading("Runs side by side", 1), Heading("Each run")]
     for network in networks:
         several = len(networks) > 1 or bool(network.sgd)
-        name = network.runs[0].network
         if network.swa:
             rows = compare_runs(list(network.swa))
-            blocks.append(Rows(RUN_COLUMNS, rows, f"{name}: runs of SWA, top-1 %" if several else None))
+            blocks.append(Rows(RUN_COLUMNS, rows, f"{network.name}: runs of SWA, top-1 %" if several else None))
         if network.sgd:
-            blocks.append(Rows(SGD_COLUMNS, compare_sgd_runs(list(network.sgd)), f"{name}: runs of SGD alone, top-1 %"))
-    blocks += table_blocks(records)
-    gains = [gain for record in records for gain in record["gains"]]
-    parts = [part for record in records for part in record["decomposition"]]
+            blocks.append(Rows(SGD_COLUMNS, compare_sgd_runs(list(network.sgd)), f"{network.name}: runs of SGD alone, top-1 %"))
+    blocks += [*table_blocks(records), *[Paragraph(text) for network in networks if (text := _budgets_in_words(network))]]
+    gains, others, parts = (_labelled(records, key) for key in ("gains", "gains_of_other_average", "decomposition"))
     if gains:
         plot_gains([*gains, *[part for part in parts if part["part"] != "in all"]], folder / "gains.png")
         about = "gains with their intervals over images and over seeds"
-        blocks += [Heading("Gains"), gain_rows(gains, "Over the baseline measured in the same pipeline")]
+        blocks += [Heading("Gains"), gain_rows([*gains, *others], "Over the baseline measured in the same pipeline")]
         blocks += [gain_rows(parts, "Where it comes from"), _how_to_read(), Picture(folder / "gains.png", about)]
     for number, network in enumerate(networks, start=1):
         path = folder / f"trajectories-{number}.png"
-        plot_seeds(network.swa, network.sgd, network.epochs_before or 0, path)
-        blocks.append(Picture(path, f"{network.runs[0].network}: top-1 against epochs, a line per seed"))
-    return [*blocks, Heading("Runs"), Bullets([f"`{run.folder}`: seed {run.seed}" for n in networks for run in n.runs])]
+        plot_seeds(network.swa, network.sgd, network.epochs_before or 0, path, title=network.name)
+        blocks.append(Picture(path, f"{network.name}: top-1 against epochs, a line per seed"))
+    runs = [run for network in networks for run in network.runs]
+    for run in runs:
+        blocks += findings_under(run.folder, f"{run.folder.name}: what its analyses show")
+    return [*blocks, Heading("Runs"), Bullets([f"`{run.folder}`: seed {run.seed}" for run in runs])]
+
+
+def _labelled(records: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The gains of all networks, with the network's name where there are several."""
+    several = len(records) > 1
+    return [
+        gain | {"label": f"{record['name']}: {gain['label']}"} if several else gain for record in records for gain in record[key]
+    ]
+
+
+def _budgets_in_words(network: Network) -> str | None:
+    """What SGD, SWA and the budgets of Table 1 stand for in these runs."""
+    if not network.baselines or network.epochs_before is None:
+        return None
+    swa, before = network.swa[0].swa, network.budgets(0) or 0
+    text = (
+        f"{network.name}: one budget is {network.budget} epochs. SGD: plain SGD for the whole budget, at the learning rate "
+        f"{_rate_in_words(network.sgd[0].swa)}. SWA: starts from such a run's weights after {network.epochs_before:g} epochs "
+        f"({before:.4g} budgets), goes on at the learning rate {_rate_in_words(swa)} and averages its captures; its budgets "
+        "count all epochs, those before its start included. *SWA (Alg. 1)* has the start in the average, *SWA, captures only* "
+        "has not."
+    )
+    if len({run.folder for run in network.baselines}) < len(network.swa):
+        text += " Several runs of SWA share a run of SGD: their gains are not independent, the interval over seeds is too narrow."
+    return text
+
+
+def _rate_in_words(swa: SwaConfig) -> str:
+    rates = f"{swa.lr_max:g}" if swa.schedule == "constant" else f"{swa.lr_max:g} to {swa.lr_min:g}"
+    return f"{rates} ({swa.schedule.replace('_', ' ')})"
 
 
 def _how_to_read() -> Paragraph:
     return Paragraph(
+        "A - B reads: top-1 of A less top-1 of B. "
         "Gains are in points of top-1, mean ± sample standard deviation over seeds, each seed's two networks on the same images. "
         "Over images: the paired bootstrap's 95 % interval of the mean over these very runs, for another test set of the kind. "
-        "Over seeds: Student's 95 % interval of the mean over all seeds, on this test set; with few seeds it is wide. Images won "
-        "and lost are means over seeds. McNemar's exact two-sided test of each seed, smallest to largest p-value. "
+        "Over seeds: Student's 95 % interval of the mean of all seeds, on this test set; of two or three seeds it says little. "
+        "Images won and lost are means over seeds. McNemar's exact two-sided test of each seed, smallest to largest p-value. "
         "Fine-tuning: the last capture less the weights that the run started from; averaging: the average less its last capture."
     )

@@ -9,7 +9,7 @@ from imagenet_swa.report.paper import paper_figure
 from imagenet_swa.report.runs import TITLES, RunFiles
 
 COLUMNS = ("network", "epochs", "top-1 %", "top-5 %", "NLL", "gain, points", "paper top-1 %")
-RUN_COLUMNS = ("run", "seed", "pretrained", "last capture", "SWA (Alg. 1)", "SWA, captures only", "SWA - last capture")
+RUN_COLUMNS = ("run", "seed", "start", "last capture", "SWA (Alg. 1)", "SWA, captures only", "SWA - last capture")
 SGD_COLUMNS = ("run", "seed", "epochs", "SGD")
 
 
@@ -32,7 +32,7 @@ def _row(run: RunFiles, result: dict[str, Any], baseline: dict[str, Any] | None)
         f"{100 * result['top5']:.2f}",
         f"{result['nll']:.4f}",
         gain,
-        paper_figure(run.network, result["name"], result["epoch"]),
+        paper_figure(run.network, result["name"], result["epoch"], num_classes=run.config["model"]["num_classes"]),
     )
 
 
@@ -56,7 +56,8 @@ def compare_runs(runs: list[RunFiles]) -> list[tuple[str, ...]]:
     if len(runs) > 1:
         columns = list(zip(*numbers, strict=True))
         better = sum(row[-1] > 0 for row in numbers)
-        rows.append(("mean ± std", f"SWA ahead in {better} of {len(runs)}", *map(mean_and_std, columns)))
+        cells = [*map(mean_and_std, columns[:-1]), mean_and_std(columns[-1], "+")]
+        rows.append((f"mean ± std; SWA ahead of its last capture in {better} of {len(runs)}", "", *cells))
     return rows
 
 

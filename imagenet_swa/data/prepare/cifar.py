@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tarfile
 import zlib
@@ -91,7 +92,7 @@ def import_dataset(settings: ImportSettings, track: Track[Any] = untracked, say:
             counts = np.bincount(images.labels, minlength=len(classes))
             say(f"{split}: {len(images.labels):,} images, {counts.min():,} to {counts.max():,} of each class, {verb}")
     flags = (*(f"--data.{split}={settings.output / split}" for split in splits), f"--model.num_classes={len(classes)}")
-    say(f"to use it: {' '.join(flags)}")
+    say(f"to use it: {shlex.join(flags)}")
     return ImportResult({split: len(images.labels) for split, images in splits.items()}, flags)
 
 
