@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import QUICK_RUN, one_line
+from conftest import PROJECT, QUICK_RUN, one_line
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
@@ -41,6 +41,7 @@ from imagenet_swa.report.findings import read_markdown
 from imagenet_swa.report.paper import PAPER_TABLE_1, table_1
 from imagenet_swa.report.plots import draw_schedule
 from imagenet_swa.report.summary import nearest_quarter
+from imagenet_swa.schedule import make_schedule
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -979,6 +980,17 @@ def test_the_picture_of_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 # ------------------------------------------------------------------------------------------------- schedules as pictures
+
+
+def test_the_pictures_schedules_are_those_of_the_recipes():
+    """What is drawn as the paper's schedules has the very rates of the configurations that reproduce them."""
+    recipes = {"Shake": "cifar10-shakeshake-swa", "Pyramid": "cifar100-pyramidnet272-swa", "FGE": "cifar100-preresnet164-fge"}
+    for start, name in recipes.items():
+        (drawn,) = [swa for title, swa in plots.PAPER_SCHEDULES.items() if title.startswith(start)]
+        recipe = parse_config([f"--config={PROJECT / f'configs/cifar/{name}.yaml'}"], "", "").swa
+        one, other = (make_schedule(swa, steps_per_epoch=10) for swa in (drawn, recipe))
+        for step in range(0, 10 * drawn.num_epochs, 7):
+            assert one.learning_rate(step) == pytest.approx(other.learning_rate(step), rel=1e-9), (name, step)
 
 
 def test_the_picture_of_a_schedule():

@@ -26,8 +26,14 @@ PAPER_SCHEDULES: dict[str, SwaConfig] = {
     "SGD of PreResNet, WRN: three parts": SwaConfig(
         schedule="three_part", lr_max=0.1, lr_min=0.001, num_epochs=200, start_epoch=200, cycle_epochs=50, report_epochs=(200,)
     ),
-    "Shake-Shake: cosine tail, c = 100": SwaConfig(
-        schedule="cosine", lr_max=0.2, cycle_epochs=100, budget_epochs=1800, num_epochs=900, report_epochs=(900,)
+    "Shake-Shake: piece of a cosine, c = 100": SwaConfig(
+        schedule="cosine",
+        lr_max=0.2,
+        cycle_epochs=100,
+        budget_epochs=1800,
+        cosine_start_epoch=1600,
+        num_epochs=900,
+        report_epochs=(900,),
     ),
     "FGE (sec. 3.5): triangular, c = 2": SwaConfig(
         schedule="triangular", lr_max=0.05, lr_min=0.0005, cycle_epochs=2, num_epochs=20, report_epochs=(10, 20)
