@@ -398,6 +398,7 @@ def test_interrupt_in_earnest(tmp_path: Path):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what a shell starts in the background
     )
     end = time.monotonic() + 120
     try:
