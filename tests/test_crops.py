@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from small_loaders import compiled_loader, dali_loader, torchvision_loader
 from torchvision.transforms import functional
 
 from imagenet_swa.config import Preprocessing
@@ -21,28 +22,12 @@ from imagenet_swa.data.batch import BadImageError, BadImages, Batch, ImageLoader
 from imagenet_swa.data.dali import DaliLoader
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.sampling import NUM_TRIES, training_batches, uniforms
-from imagenet_swa.data.torch_loader import TorchvisionLoader
 
 F: Any = functional  # annotated for tensors, also takes PIL images
-CPU = torch.device("cpu")
 # Height and width: CIFAR's, others, and some that are mostly border.
 SIZES = ((32, 32), (32, 32), (33, 32), (40, 27), (27, 40), (64, 24), (24, 100), (200, 31), (90, 90))
 NARROWEST = 24
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-
-def dali_loader(index: ImageIndex, work: Preprocessing, **changes: Any) -> DaliLoader:
-    arguments: dict[str, Any] = {"seed": 0, "device": CPU, "decode_on_gpu": False, "num_threads": 2, "prefetch": 2}
-    return DaliLoader(index, work, **arguments | changes)
-
-
-def compiled_loader(index: ImageIndex, work: Preprocessing, **changes: Any) -> DaliLoader:
-    return dali_loader(index, work, compiled_resize=True, **changes)
-
-
-def torchvision_loader(index: ImageIndex, work: Preprocessing, **changes: Any) -> TorchvisionLoader:
-    changes = {name: value for name, value in changes.items() if name != "num_threads"}
-    return TorchvisionLoader(index, work, **{"seed": 0, "device": CPU, "num_workers": 0, "prefetch": 2} | changes)
 
 
 MakeLoader = Callable[..., ImageLoader]

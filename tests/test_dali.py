@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from small_loaders import CPU, compiled_loader, dali_loader, torchvision_loader
 from torchvision import transforms
 
 from imagenet_swa.config import Preprocessing
@@ -29,9 +30,7 @@ from imagenet_swa.data.dali_pipeline import PipelineMaker
 from imagenet_swa.data.index import ImageIndex, make_index
 from imagenet_swa.data.sampling import CropDraws, Indices, crop_windows, draw_crops, training_batches
 from imagenet_swa.data.sources import Source, scan
-from imagenet_swa.data.torch_loader import TorchvisionLoader
 
-CPU = torch.device("cpu")
 PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 TRANSFORM_FILTERS = {
     "bilinear": transforms.InterpolationMode.BILINEAR,
@@ -43,20 +42,6 @@ MODES: tuple[Mode, ...] = ("train", "evaluation")
 
 
 # ---------------------------------------------------------------------------------------------------------- helpers
-
-
-def dali_loader(index: ImageIndex, work: Preprocessing, **changes: Any) -> DaliLoader:
-    arguments: dict[str, Any] = {"seed": 0, "device": CPU, "decode_on_gpu": False, "num_threads": 2, "prefetch": 2}
-    return DaliLoader(index, work, **arguments | changes)
-
-
-def compiled_loader(index: ImageIndex, work: Preprocessing, **changes: Any) -> DaliLoader:
-    return dali_loader(index, work, compiled_resize=True, **changes)
-
-
-def torchvision_loader(index: ImageIndex, work: Preprocessing, **changes: Any) -> TorchvisionLoader:
-    arguments: dict[str, Any] = {"seed": 0, "device": CPU, "num_workers": 0, "prefetch": 2}
-    return TorchvisionLoader(index, work, **arguments | changes)
 
 
 MakeLoader = Callable[..., ImageLoader]
