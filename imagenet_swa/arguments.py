@@ -2,17 +2,25 @@
 
 import dataclasses
 import difflib
+import json
 import re
 import warnings
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, get_args
 
+import yaml
+
 from imagenet_swa.config import Config, InputError, require
+from imagenet_swa.plain import MAX_YAML_BYTES, check_yaml, parse_yaml, printable, read_text
 
 T = TypeVar("T")
+RETIRED = frozenset({"checkpoints_to_keep"})  # settings of earlier versions
 
 
 def parser_for_config(prog: str, description: str, **groups: type) -> Any:
@@ -31,9 +39,27 @@ def _bare_parser(prog: str, description: str) -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    _refuse_harmful_yaml()
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="A YAML file of settings; later flags override it.")
     return parser
+
+
+@cache
+def _refuse_harmful_yaml() -> None:
+    """What the parser reads, files and flags, is looked through first: it would follow aliases and nesting without end."""
+    from jsonargparse import get_loader, set_loader
+
+    load = get_loader("yaml")
+
+    def load_checked(text: str) -> Any:
+        check_yaml(text)
+        try:
+            return load(text)
+        except ValueError as error:  # of a number of thousands of digits
+            raise yaml.YAMLError(str(error)) from None
+
+    set_loader("yaml", load_checked, (yaml.YAMLError,))
 
 
 def parse_config(arguments: Sequence[str], prog: str, description: str) -> Config:
@@ -65,9 +91,26 @@ def parse_run_and(name: str, cls: type[T], arguments: Sequence[str], prog: str, 
     folder = Path(arguments[0])
     file = folder / "config.yaml"
     require(file.is_file(), f"{folder} is no run: {file} is missing")
-    config, settings = parse_config_and(name, cls, [f"--config={file}", *arguments[1:]], prog, description)
+    with _without_retired(file) as current:
+        config, settings = parse_config_and(name, cls, [f"--config={current}", *arguments[1:]], prog, description)
     model = replace(config.model, weights=None, pretrained=False)
     return replace(config, model=model, output=folder), settings
+
+
+@contextmanager
+def _without_retired(file: Path) -> Iterator[Path]:
+    """A run's configuration without the settings that only earlier versions had, which decided no result."""
+    try:
+        settings = parse_yaml(read_text(file, MAX_YAML_BYTES))
+    except (OSError, ValueError):
+        settings = None  # the parser says what is wrong with it
+    if not isinstance(settings, dict) or RETIRED.isdisjoint(settings):
+        yield file
+        return
+    with TemporaryDirectory() as folder:
+        current = Path(folder) / file.name
+        current.write_text(json.dumps({key: value for key, value in settings.items() if key not in RETIRED}))
+        yield current
 
 
 def parse_settings(cls: type[T], arguments: Sequence[str], prog: str, description: str) -> T:
@@ -82,6 +125,8 @@ def _parse(parser: Any, arguments: Sequence[str], cls: type, groups: Mapping[str
     names = _field_names(cls) + [f"{group}.{name}" for group, of in (groups or {}).items() for name in _field_names(of)]
     switches = _field_names(cls, only_bool=True)
     switches += [f"{group}.{name}" for group, of in (groups or {}).items() for name in _field_names(of, only_bool=True)]
+    sections = [f.name for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)]
+    _check_files(arguments, {f"--{name}" for name in ("config", *sections, *(groups or {}))})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -96,6 +141,16 @@ def _parse(parser: Any, arguments: Sequence[str], cls: type, groups: Mapping[str
         raise InputError(f"the configuration file is not UTF-8 text: {error}") from None
     values.pop("config")
     return values
+
+
+def _check_files(arguments: Sequence[str], flags: Collection[str]) -> None:
+    """Refuse files that are no configuration before they are read into memory."""
+    for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        flag, equals, value = word.partition("=")
+        path = Path(value if equals else following)
+        if flag in flags and path.is_file() and path.stat().st_size > MAX_YAML_BYTES:
+            raise InputError(f"{flag} {path} has more than {MAX_YAML_BYTES:,} bytes; wanted a file of settings")
+        require(flag not in flags or not path.is_char_device(), f"{flag} {path} is a device; wanted a file of settings")
 
 
 def _field_names(cls: Any, prefix: str = "", only_bool: bool = False) -> list[str]:
@@ -138,7 +193,12 @@ _PLAINER = (
 
 def _one_line(message: str, names: Sequence[str], prog: str) -> str:
     """jsonargparse's message as one line, with the nearest setting's name where a key was not known."""
-    message = re.sub(r"\s*\n\s*", " ", message.strip()).replace('Parser key "', '"').replace("<class '", "").replace("'>", "")
+    message = (
+        printable(re.sub(r"\s*\n\s*", " ", message.strip()))
+        .replace('Parser key "', '"')
+        .replace("<class '", "")
+        .replace("'>", "")
+    )
     for pattern, plain in _PLAINER:
         message = re.sub(pattern, plain, message)
     if message.startswith("Unexpected config:"):

@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any, cast
 
 import timm
 import torchvision
@@ -29,18 +30,18 @@ def known_names(library: str) -> list[str]:
 
 def build(model: ModelConfig) -> nn.Module:
     """A network of a known name with random weights; raises whatever its constructor runs into."""
-    architecture = model.name.partition(".")[0]
+    architecture, arguments = model.name.partition(".")[0], cast("dict[str, Any]", model.kwargs)
     match model.library:
         case "timm":
-            return timm.create_model(model.name, pretrained=False, num_classes=model.num_classes, **model.kwargs)
+            return timm.create_model(model.name, pretrained=False, num_classes=model.num_classes, **arguments)
         case "torchvision":
             # Otherwise these two warn about how they initialise weights that are replaced at once.
             defaults = {"init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
-            return torchvision.models.get_model(architecture, num_classes=model.num_classes, **defaults, **model.kwargs)
+            return torchvision.models.get_model(architecture, num_classes=model.num_classes, **defaults, **arguments)
         case "pytorchcv":
-            return _from_pytorchcv(architecture)(num_classes=model.num_classes, pretrained=False, **model.kwargs)
+            return _from_pytorchcv(architecture)(num_classes=model.num_classes, pretrained=False, **arguments)
         case "imagenet_swa":
-            return vgg.NETWORKS[architecture](model.num_classes, **model.kwargs)
+            return vgg.NETWORKS[architecture](model.num_classes, **arguments)
 
 
 def _pytorchcv(module: str) -> ModuleType:

@@ -4,29 +4,30 @@ import copy
 import difflib
 import logging
 import math
-import pickle
 import re
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from imagenet_swa.config import InputError, ModelConfig, Preprocessing, PreprocessingConfig
 from imagenet_swa.libraries import build, known_names
-
-Weights = dict[str, torch.Tensor]
+from imagenet_swa.plain import printable
+from imagenet_swa.weight_files import Weights, check_finite, first_line, read_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the authors' code, for its ResNets
+
+# What the libraries take beside a constructor's arguments: files to load, places to fetch them from.
+_NO_ARGUMENTS = {
+    *("model_name", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights", "root"),
+    *("weights_backbone", "progress"),
+}
 
 GENERIC: dict[str, Any] = {  # data config of a network that brings none
     "image_size": 224,
@@ -48,6 +49,8 @@ def create_network(model: ModelConfig) -> nn.Module:
         InputError: the library knows no such architecture or weights, or it does not take the arguments.
     """
     architecture, _, tag = model.name.partition(".")
+    for name in sorted(_NO_ARGUMENTS & model.kwargs.keys()):
+        raise InputError(f"model.kwargs may not set {name}, which is no part of a network; set model.name and model.weights")
     known = known_names(model.library)
     if architecture not in known:
         raise InputError(f"{model.library} has no network {architecture!r}{_nearest(architecture, known)}")
@@ -56,7 +59,7 @@ def create_network(model: ModelConfig) -> nn.Module:
     try:
         return build(model)
     except Exception as error:  # constructors raise whatever they run into
-        raise InputError(f"{model.library} cannot build {architecture} with {model.kwargs}: {_first_line(error)}") from None
+        raise InputError(f"{model.library} cannot build {architecture} with {model.kwargs}: {first_line(error)}") from None
 
 
 def load_pretrained(model: ModelConfig) -> nn.Module:
@@ -68,6 +71,7 @@ def load_pretrained(model: ModelConfig) -> nn.Module:
     network = create_network(model)  # wrong names and arguments come to light before any download
     if model.weights is not None:
         load_weights(network, _as_written_today(read_weights(model.weights), network), str(model.weights))
+        check_finite(network.state_dict(), str(model.weights))
         return network
     if not model.pretrained:
         return network
@@ -79,7 +83,8 @@ def _from_timm(model: ModelConfig) -> nn.Module:
     # Without a network the hub's client reports every one of its retries; one line at the end says it all.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        return timm.create_model(model.name, pretrained=True, num_classes=model.num_classes, **model.kwargs)
+        arguments = cast("dict[str, Any]", model.kwargs)
+        return timm.create_model(model.name, pretrained=True, num_classes=model.num_classes, **arguments)
     except Exception as error:  # each download library raises its own
         cfg = timm.get_pretrained_cfg(model.name)
         source = f"model.safetensors of {cfg.hf_hub_id} on the Hugging Face Hub" if cfg and cfg.hf_hub_id else "its file"
@@ -95,7 +100,7 @@ def _from_torchvision(model: ModelConfig) -> nn.Module:
             "torchvision does not adapt the last layer"
         )
     try:
-        return torchvision.models.get_model(architecture, weights=weights, **model.kwargs)
+        return torchvision.models.get_model(architecture, weights=weights, **cast("dict[str, Any]", model.kwargs))
     except (OSError, RuntimeError) as error:  # no network (urllib's URLError is an OSError), or a damaged file in the cache
         raise InputError(_cannot_download(model, weights.url, "TORCH_HOME", error)) from None
 
@@ -138,43 +143,7 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def _first_line(error: Exception) -> str:
-    """The error's own first line; of an assertion without words, such as pytorchcv's, the line of code that states it."""
-    lines = str(error).strip().splitlines()
-    if lines:
-        return lines[0]
-    stated = traceback.extract_tb(error.__traceback__)[-1].line if isinstance(error, AssertionError) else ""
-    return stated or type(error).__name__
-
-
 # -------------------------------------------------------------------------------------------------------- weights
-
-
-def read_weights(path: Path) -> Weights:
-    """A .safetensors or .pth file as names and tensors in host memory; wrappers' prefixes are stripped.
-
-    A .pth is read with `weights_only=True`, which runs no code from the file.
-
-    Raises:
-        InputError: no such file, another format, or not a dict of tensors.
-    """
-    if not path.is_file():
-        raise InputError(f"no such weights file: {path}")
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise InputError(f"{path}: wanted a .safetensors or .pth file")
-    try:
-        loaded: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a valid safetensors file: {_first_line(error)}") from None
-    except Exception as error:  # torch.load raises half a dozen types for a file that it does not take
-        reason = "" if isinstance(error, pickle.UnpicklingError) else f": {_first_line(error)}"
-        raise InputError(f"{path} is not a file of plain weights that loads without running code from it{reason}") from None
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise InputError(f"{path} holds no dict of tensors; save network.state_dict()")
-    return {canonical_name(name): tensor for name, tensor in loaded.items()}
 
 
 def _as_written_today(weights: Weights, network: nn.Module) -> Weights:
@@ -186,13 +155,8 @@ def _as_written_today(weights: Weights, network: nn.Module) -> Weights:
     return counters | {dotted.sub(r"\1\2.", name): tensor for name, tensor in weights.items()}
 
 
-def canonical_name(name: str) -> str:
-    """The name a parameter has in the bare network, without what DDP and torch.compile put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
 def load_weights(network: nn.Module, weights: Weights, source: str) -> None:
-    """Load strictly: every name and shape must agree. Raises InputError, naming the source and the first difference."""
+    """Load strictly: names, shapes and kinds of numbers must agree. Raises InputError, naming the source and what does not."""
     expected = network.state_dict()
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
@@ -204,11 +168,16 @@ def load_weights(network: nn.Module, weights: Weights, source: str) -> None:
         if tensor.shape != weights[name].shape:
             got, wanted = tuple(weights[name].shape), tuple(tensor.shape)
             raise InputError(f"{source} does not fit the network: {name} has shape {got}, wanted {wanted}")
-    network.load_state_dict(weights)
+        if tensor.is_floating_point() != weights[name].is_floating_point():
+            raise InputError(f"{source} does not fit the network: {name} is {weights[name].dtype}, wanted {tensor.dtype}")
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, NotImplementedError) as error:  # of kinds of numbers that torch does not turn into others
+        raise InputError(f"{source} does not fit the network: {first_line(error)}") from None
 
 
 def _for_instance(names: list[str]) -> str:
-    return f" (such as {names[0]})" if names else ""
+    return f" (such as {printable(names[0][:100])})" if names else ""
 
 
 # -------------------------------------------------------------------------------------------------- preprocessing
@@ -287,7 +256,7 @@ def check_forward(network: nn.Module, image_size: int, model: ModelConfig) -> No
         except Exception as error:  # whatever a network raises for what it does not take
             mode = "training" if training else "evaluation"
             raise InputError(
-                f"{model.name} does not take images of 3 x {image_size} x {image_size} in {mode}: {_first_line(error)}; "
+                f"{model.name} does not take images of 3 x {image_size} x {image_size} in {mode}: {first_line(error)}; "
                 "set preprocessing.image_size or model.kwargs"
             ) from None
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

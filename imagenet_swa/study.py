@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from imagenet_swa.arguments import parse_config
 from imagenet_swa.config import InputError, flatten, require
-from imagenet_swa.files import write_atomically
+from imagenet_swa.files import save_figure, write_atomically
+from imagenet_swa.plain import parse_yaml, printable, read_text
 from imagenet_swa.report.document import json_text
 from imagenet_swa.report.groups import check_same_images
 from imagenet_swa.report.plots import new_figure
@@ -108,7 +107,12 @@ def load_grid(path: Path, only: int | None = None) -> Grid:
     for key, kind in (("base", str), ("output", str), ("runs", dict)):
         require(isinstance(content.get(key), kind) and bool(content[key]), f"{path}: {key} is missing or no {_WORDS[kind]}")
     base = Path(os.path.normpath(path.parent / content["base"]))
-    require(base.is_file(), f"{path}: base {content['base']} is not there ({base}); it is relative to the grid's folder")
+    try:
+        is_there = base.is_file()
+    except OSError:  # of a name that no file can have
+        is_there = False
+    shown = printable(content["base"])[:300]
+    require(is_there, f"{path}: base {shown} is not there ({printable(str(base))[:500]}); it is relative to the grid's folder")
     common = _settings(path, "settings", content.get("settings") or {})
     output = Path(content["output"])
     runs = [
@@ -126,24 +130,12 @@ _WORDS = {str: "text", dict: "mapping"}
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text()
-        _check_unique_keys(yaml.compose(text), path)
-        content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        content = parse_yaml(read_text(path))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else printable(" ".join(str(error).split()))[:500]
         raise InputError(f"the grid {path} cannot be read: {reason}") from None
     require(isinstance(content, dict), f"{path} is no grid; wanted the keys {', '.join(KEYS)}")
     return content
-
-
-def _check_unique_keys(node: yaml.Node | None, path: Path) -> None:
-    """YAML takes the last of equal keys; a run would vanish without a word."""
-    if isinstance(node, yaml.MappingNode):
-        names = [key.value for key, _ in node.value]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        require(twice is None, f"{path}, line {node.start_mark.line + 1} and below: {twice} is there twice")
-        for _, value in node.value:
-            _check_unique_keys(value, path)
 
 
 def _settings(path: Path, where: str, settings: Any) -> dict[str, Any]:
@@ -162,6 +154,8 @@ def _check_run(grid: Grid, run: GridRun) -> None:
     )
     same = [other.name for other in grid.runs if other.name.lower() == run.name.lower()]
     require(len(same) == 1, f"{grid.path}: the runs {' and '.join(same)} have the same folder where case does not count")
+    for flag in run.flags():
+        require(flag.isprintable(), f"{grid.path}: run {run.name}: {printable(flag)[:100]} is no setting on one line")
     try:
         parse_config(["--config", str(grid.base), *run.flags()], "imagenet-swa train", "")
     except InputError as error:
@@ -318,4 +312,4 @@ def plot_study(record: dict[str, Any], path: Path) -> None:
     axes.set_ylabel(f"test error of {TITLES['swa'].partition(' ')[0]}, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

@@ -5,6 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from imagenet_swa.files import save_figure
+
 MARKERS = {"ema": ("tab:green", "^"), "lawa": ("tab:purple", "v"), "greedy_soup": ("tab:brown", "P"), "ensemble": ("k", "X")}
 # Kind of row: label of the line through them, colour, marker.
 LINES = {
@@ -39,7 +41,7 @@ def plot_averages(record: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.legend(fontsize="small", loc="outside right upper")
     figure.suptitle(f"{record['network']}: averages of {n} captures")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _error(row: dict[str, Any]) -> float:
@@ -68,4 +70,4 @@ def plot_reliability(record: dict[str, Any], path: Path) -> None:
     below.set_xlabel("confidence: probability of the most probable class")
     below.set_ylabel("share of images")
     figure.suptitle(f"{record['network']}: calibration")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

@@ -31,6 +31,7 @@ from imagenet_swa.config import Config, InputError, require
 from imagenet_swa.evaluate import Evaluation
 from imagenet_swa.files import write_atomically
 from imagenet_swa.models import Weights, read_weights
+from imagenet_swa.plain import parse_json, read_text
 from imagenet_swa.report import markdown_table
 from imagenet_swa.session import Session
 
@@ -129,8 +130,8 @@ def _fingerprint(run: RunWeights) -> str:
     """Of the images that the run has trained on."""
     path = run.folder / "environment.json"
     try:
-        return json.loads(path.read_text())["data"]["train"]["fingerprint"]
-    except (OSError, ValueError, KeyError):
+        return parse_json(read_text(path))["data"]["train"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is missing or damaged; it says which images the run has trained on") from None
 
 

@@ -1,19 +1,21 @@
 """What a finished run left on disk: its captured weights in order, its averages, its settings; weights by a short name."""
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from imagenet_swa.averaging import WeightAverage
 from imagenet_swa.config import InputError, require
-from imagenet_swa.models import Weights, load_weights, read_weights
+from imagenet_swa.models import load_weights
+from imagenet_swa.plain import is_count, is_number, parse_json, parse_yaml, printable, read_text
+from imagenet_swa.report.runs import is_result
+from imagenet_swa.weight_files import Weights, check_finite, read_weights
 
 _NAMES = "swa, pretrained, last, without-pretrained, epoch-NN, step-NNNNNNN, NAME=FILE.safetensors or NAME=RUN"
 
@@ -70,11 +72,13 @@ class RunWeights:
         Raises:
             InputError: no run, or one that is not finished.
         """
-        config = _read(folder / "config.yaml", yaml.safe_load, f"{folder} holds no run")
+        config = _read(folder / "config.yaml", parse_yaml, f"{folder} holds no run")
         swa = config.get("swa") or {} if isinstance(config, dict) else {}
-        require("num_epochs" in swa, f"{folder}/config.yaml is not the configuration of a run")
+        is_run = isinstance(swa, dict) and is_count(swa.get("num_epochs")) and is_count(swa.get("start_epoch", 0))
+        require(is_run and isinstance(config.get("data", {}), dict), f"{folder}/config.yaml is not the configuration of a run")
         unfinished = f"{folder} holds a run that is not finished; go on with it (imagenet-swa train) first"
-        results = _read(folder / "results.json", json.loads, unfinished)
+        results = _read(folder / "results.json", parse_json, unfinished)
+        require(isinstance(results, list) and all(map(is_result, results)), f"{folder}/results.json is not what a run writes")
         averages = swa.get("start_epoch", 0) < swa["num_epochs"]
         last = [r for r in results if r["name"] == ("swa" if averages else "pretrained") and r["epoch"] == swa["num_epochs"]]
         solution = folder / ("swa.safetensors" if averages else "pretrained.safetensors")
@@ -92,15 +96,17 @@ class RunWeights:
             InputError: some are missing.
         """
         averaged = [capture for capture in self.found if capture.num_averaged]
-        numbers, wanted = [capture.num_averaged for capture in averaged], list(range(1, self.num_averaged + 1))
-        missing = sorted(set(wanted) - set(numbers))
+        numbers = [capture.num_averaged for capture in averaged]
+        there = set(numbers) & set(range(1, self.num_averaged + 1))
+        some = list(islice((number for number in range(1, self.num_averaged + 1) if number not in there), 7))
+        num_missing = self.num_averaged - len(there)
         require(
-            not missing,
-            f"{self.folder}/captures is not complete: of the {self.num_averaged} captures in the average {len(missing)} are "
-            f"missing (number {_listed(missing)})",
+            not num_missing,
+            f"{self.folder}/captures is not complete: of the {self.num_averaged} captures in the average {num_missing} are "
+            f"missing (number {_listed(some, num_missing)})",
         )
         require(
-            numbers == wanted,
+            numbers == list(range(1, self.num_averaged + 1)),
             f"{self.folder}/captures holds more than this run's {self.num_averaged}: numbers {_listed(numbers)}",
         )
         return tuple(averaged)
@@ -175,8 +181,10 @@ def check_spec(run: RunWeights, spec: str) -> str:
 
 
 def check_fits(network: nn.Module, weights: Weights, source: str) -> None:
-    """Raise InputError, naming the source, unless the weights have the names and shapes of the network's."""
-    load_weights(copy.deepcopy(network), weights, source)
+    """Raise InputError, naming the source, unless the weights are finite and have the network's names and shapes."""
+    trial = copy.deepcopy(network)
+    load_weights(trial, weights, source)
+    check_finite(trial.state_dict(), source)
 
 
 def _resolve(run: RunWeights, spec: str) -> tuple[str, Path | None]:
@@ -209,8 +217,8 @@ def _check_same_images(run: RunWeights, other: RunWeights) -> None:
 
 def _fingerprints(folder: Path) -> dict[str, str]:
     try:
-        data = json.loads((folder / "environment.json").read_text())["data"]
-        return {split: data[split]["fingerprint"] for split in ("train", "val")}
+        data = parse_json(read_text(folder / "environment.json"))["data"]
+        return {split: str(data[split]["fingerprint"]) for split in ("train", "val")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -240,21 +248,28 @@ def _average_of_captures(run: RunWeights, network: nn.Module) -> Weights:
 def _capture_at(path: Path) -> Capture:
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["imagenet_swa"])
-            return Capture(path, about["num_averaged"], about["epoch"], about["step"])
-    except (SafetensorError, OSError, KeyError, ValueError):
+            about = parse_json((file.metadata() or {})["imagenet_swa"])
+            capture = Capture(path, about["num_averaged"], about["epoch"], about["step"])
+        # As many as steps at most, or the numbers of all would fill the memory.
+        if not (
+            is_count(capture.step, 10**9) and is_count(capture.num_averaged, capture.step) and is_number(capture.epoch, 0, 1e9)
+        ):
+            raise ValueError
+        return capture
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError):
         raise InputError(f"{path} is not a capture of a run: it is damaged or does not say which one it is") from None
 
 
 def _read(path: Path, parse: Callable[[str], Any], otherwise: str) -> Any:
     try:
-        return parse(path.read_text())
+        return parse(read_text(path))
     except FileNotFoundError:
         raise InputError(f"{otherwise}: {path} is missing") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {printable(' '.join(str(error).split()))[:500]}") from None
 
 
-def _listed(items: list[Any]) -> str:
-    shown = ", ".join(map(str, items[:6]))
-    return f"{shown} and {len(items) - 6} more" if len(items) > 6 else shown or "none"
+def _listed(items: list[Any], number: int | None = None) -> str:
+    """The first items, of `number` in all."""
+    shown, number = ", ".join(map(str, items[:6])), number or len(items)
+    return f"{shown} and {number - 6} more" if number > 6 else shown or "none"

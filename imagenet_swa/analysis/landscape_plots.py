@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from imagenet_swa.files import save_figure
+
 Record = Mapping[str, Any]
 PANELS = {"train_loss": ("train loss with L2 term", 1), "test_error": ("test error, %", 100)}
 _COLORS = ("tab:red", "tab:blue", "tab:green", "tab:purple", "tab:orange", "tab:brown")
@@ -24,7 +26,7 @@ def plot(record: Record, path: Path) -> None:
 
     draw = {"rays": _draw_rays, "line": _draw_line, "plane": _draw_plane}[record["kind"]]
     figure = draw(record, pyplot)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
     pyplot.close(figure)
 
 

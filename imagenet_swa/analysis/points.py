@@ -24,6 +24,7 @@ from imagenet_swa.config import OptimizerConfig, TrainingError, require, to_plai
 from imagenet_swa.files import flush_file
 from imagenet_swa.models import Weights
 from imagenet_swa.optim import make_sgd
+from imagenet_swa.plain import is_number, parse_json
 from imagenet_swa.runtime import Runtime
 from imagenet_swa.session import Session
 
@@ -31,6 +32,7 @@ Values = dict[str, Any]
 _MOST_NETWORKS_PER_PASS = 16
 _SHARE_OF_MEMORY = 4
 _SECONDS_BETWEEN_LOOKS = 0.5
+_MEASURED = {"train_loss", "train_nll", "l2", "train_error", "test_error", "test_nll"}
 _FAILED = "failed-rank-*.txt"
 
 
@@ -154,8 +156,9 @@ def read_journals(folder: Path) -> dict[str, Values]:
     for path in sorted(folder.glob("points-rank-*.jsonl")):
         for line in path.read_text(errors="replace").splitlines():
             try:
-                entry = json.loads(line)
-                found.setdefault(entry["key"], _with_nan(entry["values"]))
+                entry = parse_json(line)
+                if entry["values"].keys() >= _MEASURED and all(v is None or is_number(v) for v in entry["values"].values()):
+                    found.setdefault(entry["key"], _with_nan(entry["values"]))
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
     return found

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from imagenet_swa.config.errors import require
 
@@ -26,7 +26,8 @@ class ModelConfig:
     """A local .safetensors or .pth file with the pretrained weights, instead of the library's own."""
     num_classes: int = 1000
     """Number of outputs of the network."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    # Not Any: the parser would build whatever class a value of that type names.
+    kwargs: dict[str, bool | int | float | str | list | dict | None] = field(default_factory=dict)
     """Further arguments of the network's constructor, such as `drop_rate: 0.2`."""
     freeze_batchnorm: bool = False
     """Train with the pretrained BatchNorm statistics, which then are neither updated nor recomputed."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from imagenet_swa.config import InputError
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.sampling import Indices
+from imagenet_swa.plain import printable
 
 
 @dataclass(frozen=True)
@@ -102,26 +103,29 @@ class BadImages:
         """
         for i, reason in reasons.items():
             if self._policy == "stop":
-                raise BadImageError(self._index.path(i), reason)
+                raise BadImageError(self._path(i), printable(reason))
             self._in_pass.add(i)
             if i not in self._named:
                 self._named.add(i)
                 self._name(i, reason)
             if len(self._in_pass) > self._limit:
                 raise TooManyBadImagesError(
-                    f"{len(self._in_pass)} images cannot be decoded, the last is {self._index.path(i)}: {reason}; that is more "
+                    f"{len(self._in_pass)} images cannot be decoded, the last is {self._path(i)}: {reason}; that is more "
                     "than data.max_bad_images; look at the data with `imagenet-swa verify`"
                 )
 
         if reasons and num_good is not None and num_good < self._min_good:
             raise TooManyBadImagesError(
                 f"{num_good} of {num_good + len(reasons)} images of a batch can be decoded, too few to train on; the last that "
-                f"cannot is {self._index.path(list(reasons)[-1])}; look at the data with `imagenet-swa verify`"
+                f"cannot is {self._path(list(reasons)[-1])}; look at the data with `imagenet-swa verify`"
             )
+
+    def _path(self, i: int) -> str:
+        return printable(self._index.path(i))
 
     def _name(self, i: int, reason: str) -> None:
         rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"imagenet-swa: left out{rank}: {self._index.path(i)}: {reason}", file=sys.stderr, flush=True)
+        print(f"imagenet-swa: left out{rank}: {self._path(i)}: {printable(reason)}", file=sys.stderr, flush=True)
         if self._log is not None and self._log.parent.is_dir():
             line = f"{self._split}\t{self._index.listed_name(i)}\t{reason}\n"
             with self._log.open("a+", errors="surrogateescape") as file:

@@ -30,6 +30,7 @@ _TIFF_STARTS = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")  # the last two 
 _ORIENTATION = 0x0112
 _MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**60)  # Pillow refuses more, as do all loaders
 _TAIL = 1024  # bytes at the end of a JPEG in which its end is looked for
+MAX_BYTES = 2**29  # of one image
 _IMAGES_PER_TASK = 8
 _REMOTE_READERS = 64  # requests to S3 under way: at 20 ms each, 3,000 a second
 
@@ -74,7 +75,7 @@ class EncodedImages:
         """Read and check the images of a batch. What is wrong with one never raises; it is in `bad`."""
         numbers = [int(i) for i in indices]
         sizes = self._index.sizes[indices]
-        if self._remote or (sizes < 0).any():
+        if self._remote or (sizes < 0).any() or (sizes > MAX_BYTES).any():
             found = [image for part in self._pool.map(self._read_some, self._parts(numbers)) for image in part]
         else:
             ends = np.cumsum(sizes + 1).tolist()
@@ -92,6 +93,8 @@ class EncodedImages:
         found: list[NDArray[np.uint8] | str] = []
         for i in numbers:
             try:
+                if self._index.sizes[i] > MAX_BYTES:
+                    raise storage.ReadError(f"{self._index.sizes[i]:,} bytes, more than any image has")
                 found.append(np.frombuffer(self._index.read(i), np.uint8))
             except storage.ReadError as error:
                 found.append(str(error))

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from imagenet_swa.config import InputError
 from imagenet_swa.data import imagenet, storage
 from imagenet_swa.files import flush_file
+from imagenet_swa.plain import parse_json
 
 FORMAT = "imagenet-swa index 1"
 _COLUMNS = {"name": pa.large_binary(), "label": pa.int64(), "size": pa.int64(), "shard": pa.int32(), "offset": pa.int64()}
@@ -186,6 +187,25 @@ def save_index(index: ImageIndex, source: dict[str, Any], path: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+def _what_is_impossible(index: ImageIndex, about: dict[str, Any]) -> str | None:
+    """What no `save_index` writes: a file may have its fingerprint and still be made to harm."""
+    columns = [index.labels, index.sizes, *(c for c in (index.shard_numbers, index.offsets) if c is not None)]
+    if index.names.null_count or any(column.dtype.kind != "i" for column in columns):
+        return "values are missing"
+    lowest = (0, storage.WHOLE, 0, 0)
+    if len(index) and any(int(column.min()) < low for column, low in zip(columns, lowest, strict=False)):
+        return "a label, size or place is negative"
+    if index.shard_numbers is not None and len(index) and int(index.shard_numbers.max()) >= len(index.shards):
+        return "an image is in a shard that there is not"
+    texts = [*index.shards, *(index.classes or ())]
+    if not isinstance(about["source"], dict) or not all(isinstance(text, str) for text in texts):
+        return "it does not say what it was made of"
+    places = index.names if index.shard_numbers is None else pa.array(map(os.fsencode, index.shards), pa.large_binary())
+    if (number := first_outside(index.root, places)) is not None:
+        return f"{places[number].as_py()[:100]!r} leads out of {index.root}"
+    return None
+
+
 def _write(table: pa.Table, path: Path) -> None:
     with path.open("wb") as file:
         with pa.ipc.new_file(file, table.schema) as writer:
@@ -214,7 +234,7 @@ def load_index(path: str, root: str) -> tuple[ImageIndex, dict[str, Any]]:
         else:
             table = pa.ipc.open_file(pa.memory_map(path)).read_all()
         table.validate(full=True)
-        about = json.loads((table.schema.metadata or {}).get(b"imagenet_swa", b"{}"))
+        about = parse_json((table.schema.metadata or {}).get(b"imagenet_swa", b"{}"))
         digest = about.pop("digest", None)
         if about.get("format") != FORMAT:
             raise InputError(f"{path} is not an index of this version; {again}")
@@ -233,6 +253,8 @@ def load_index(path: str, root: str) -> tuple[ImageIndex, dict[str, Any]]:
         )
         if index.fingerprint != about["fingerprint"] or digest != _digest_of_rest(about, index):
             raise InputError(f"the index {path} is damaged: its content does not have its fingerprint; {again}")
+        if (problem := _what_is_impossible(index, about)) is not None:
+            raise InputError(f"the index {path} is damaged: {problem}; {again}")
     except PermissionError:
         raise InputError(f"cannot read the index {path}: permission denied; give yourself the right to read it") from None
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
@@ -282,6 +304,22 @@ def check_labels(index: ImageIndex, split: str, num_classes: int) -> None:
         raise InputError(
             f"data.{split}: {index.path(worst)} has label {index.labels[worst]}, not in 0..{num_classes - 1} (model.num_classes)"
         )
+
+
+def first_outside(root: str, names: pa.LargeBinaryArray) -> int | None:
+    """The number of the first name that leads out of a local folder, by `..` or from `/`, or holds a zero byte; None: no such.
+
+    By the name alone: links inside the folder are its owner's and may lead anywhere.
+    """
+    if storage.is_remote(root):
+        return None
+    suspicious = pc.match_substring_regex(names, r"^/|(^|/)\.\.(/|$)|\x00")  # pyright: ignore[reportAttributeAccessIssue]
+    folder = os.fsencode(os.path.join(os.path.normpath(Path(root).absolute()), ""))
+    for number in np.flatnonzero(suspicious.to_numpy(zero_copy_only=False)).tolist():
+        name = names[number].as_py()
+        if b"\0" in name or not os.path.normpath(os.path.join(folder, name)).startswith(folder):
+            return number
+    return None
 
 
 def check_same_classes(train: ImageIndex, val: ImageIndex) -> None:

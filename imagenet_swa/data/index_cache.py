@@ -64,7 +64,10 @@ def find_index(source: Source, folder: Path | None) -> ImageIndex | None:
     if not (_exists_remotely(path) if storage.is_remote(path) else os.path.exists(path)):
         return None
     index, state = load_index(path, source.root)
-    change = what_changed(index, state, source)
+    try:
+        change = what_changed(index, state, source)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:  # of a state that no scan gives
+        change = f"it does not say how they looked ({type(error).__name__})"
     if change is not None:
         raise InputError(
             f"the index {path} is older than the data: {change}; restore the data, or build the index again: "

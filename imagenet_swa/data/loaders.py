@@ -1,5 +1,6 @@
 """Choose and build the loaders of a run."""
 
+import hashlib
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from imagenet_swa.config import Config, InputError, Preprocessing, require
-from imagenet_swa.data import resize
+from imagenet_swa.data import resize, storage
 from imagenet_swa.data.batch import BadImages, ImageLoader
 from imagenet_swa.data.imagenet import SPLITS
 from imagenet_swa.data.index import ImageIndex, check_classes, check_labels, check_same_classes, load_index
@@ -76,6 +77,17 @@ def hold_out(train: ImageIndex, num_held_out: int) -> tuple[ImageIndex, ImageInd
     )
     order = epoch_order(len(train), seed=HOLD_OUT_SEED, epoch=0)
     return train.take(np.sort(order[num_held_out:])), train.take(np.sort(order[:num_held_out]))
+
+
+def fingerprint_of_some(index: ImageIndex, num_images: int = 16) -> str:
+    """A digest of the bytes of a few images, the same ones on every rank, as this machine reads them."""
+    digest = hashlib.sha256()
+    for i in np.linspace(0, len(index) - 1, num_images).astype(int).tolist():
+        try:
+            digest.update(hashlib.sha256(index.read(i)).digest())
+        except storage.ReadError:
+            digest.update(b"unreadable")
+    return digest.hexdigest()
 
 
 def _index_of(config: Config, split: str, runtime: Runtime | None, track: Track[Any]) -> ImageIndex:

@@ -1,6 +1,5 @@
 """Tar shards as WebDataset lays them out: which there are, their images, labels and offsets, and whether they are whole."""
 
-import json
 import multiprocessing
 import os
 import re
@@ -15,9 +14,12 @@ import numpy as np
 from imagenet_swa.config import InputError
 from imagenet_swa.data import storage
 from imagenet_swa.data.index import ImageIndex, make_index
+from imagenet_swa.data.tars import Bounded, members_of, open_tar
 from imagenet_swa.data.workers import begin_worker
+from imagenet_swa.plain import parse_json
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_MAX_LABEL = 2**20  # bytes of a member with a label
 NUM_THREADS = 16  # more than cores: on network file systems each answer takes long
 _SPLIT_OF_WORD = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 
@@ -124,8 +126,8 @@ def scan_shard(path: str) -> Shard:
     found = _Members(path)
     try:
         num_bytes, time = storage.size_and_time_of(path)
-        with storage.open_to_read(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
+        with storage.open_to_read(path) as file, open_tar(Bounded(file)) as tar:
+            for member in members_of(tar):
                 found.add(member, tar)
             _check_end(path, file, tar.offset)
     except tarfile.TarError as error:
@@ -223,9 +225,9 @@ def _check_end(path: str, file: IO[bytes], end: int) -> None:
 
 def _label_of(file: Any, extension: str) -> int | None:
     """The label that a `.cls` or `.json` member holds, None if it holds none."""
-    text = file.read()
+    text = file.read(_MAX_LABEL)
     try:
-        value = int(text) if extension == "cls" else json.loads(text).get("label")
+        value = int(text) if extension == "cls" else parse_json(text).get("label")
     except (ValueError, AttributeError):
         return None
     return value if type(value) is int and 0 <= value < 2**31 else None  # not true or false

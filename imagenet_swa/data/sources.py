@@ -1,6 +1,5 @@
 """Reads what a user names (class folders, a list file, tar shards; local or in S3) into an index, and notices later changes."""
 
-import codecs
 import hashlib
 import os
 import re
@@ -14,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
 from imagenet_swa.config import DataConfig, InputError
 from imagenet_swa.data import storage
-from imagenet_swa.data.index import ImageIndex, make_index
+from imagenet_swa.data.index import ImageIndex, first_outside, make_index
+from imagenet_swa.data.lists import parse_list, start_of
 from imagenet_swa.data.shards import (
     EXTENSIONS,
     NUM_THREADS,
@@ -28,6 +29,7 @@ from imagenet_swa.data.shards import (
     shards_in,
     shards_of_pattern,
 )
+from imagenet_swa.plain import printable
 
 _ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 T = TypeVar("T")
@@ -232,10 +234,13 @@ def _scan_list(source: Source, num_classes: int, track: Track[Any]) -> tuple[Ima
     """A line `path label` per image, paths relative to the root, in the file's order."""
     assert source.list_file is not None
     content = _list_bytes(source.list_file)
-    names, labels = _parse_list(source.list_file, content, num_classes)
+    names, labels = parse_list(source.list_file, content, num_classes)
+    if (outside := first_outside(source.path, pa.array(names, pa.large_binary()))) is not None:
+        way_out = f"not below {source.path}; set data.{source.split} to a folder that all its images lie below"
+        raise InputError(f"{source.list_file} names {start_of(names[outside])}, {way_out}")
     sizes = _listed_sizes(source, names, track)
     if (missing := np.flatnonzero(sizes == storage.WHOLE)).size and not source.missing_ok:
-        path = storage.join(source.path, os.fsdecode(names[missing[0]]))
+        path = printable(storage.join(source.path, os.fsdecode(names[missing[0]]))[:500])
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise InputError(f"{source.list_file} names {path}{more}, not there; its paths start from {source.path}")
     state = {"kind": "list", "digest": hashlib.sha256(content).hexdigest(), "root": _absolute(source.path)}
@@ -284,28 +289,6 @@ def _list_bytes(list_file: str) -> bytes:
         raise InputError(f"cannot read the list {list_file}: {error}") from None
 
 
-def _parse_list(list_file: str, content: bytes, num_classes: int) -> tuple[list[bytes], list[int]]:
-    names, labels = [], []
-    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
-        if not line.strip():
-            continue
-        path, _, label = line.strip().rpartition(b" ")
-        if not path or not label.isdigit():
-            raise InputError(f"{list_file}:{number}: wanted `path label`, got {_start_of(line)}")
-        if len(label) > 9 or int(label) >= num_classes:
-            raise InputError(f"{list_file}:{number}: label {_start_of(label)} is not in 0..{num_classes - 1} (model.num_classes)")
-        names.append(path.strip())
-        labels.append(int(label))
-    if not names:
-        raise InputError(f"{list_file} lists no images; wanted a line `path label` for each")
-    return names, labels
-
-
-def _start_of(text: bytes) -> str:
-    """Text from a file that may be no list at all, short enough for a message."""
-    return repr(os.fsdecode(text[:60])) + ("..." if len(text) > 60 else "")
-
-
 def _sizes_of(source: Source, names: Sequence[bytes]) -> np.ndarray:
     folder = os.fsencode(source.path)
     sizes = np.full(len(names), storage.WHOLE, np.int64)
@@ -314,9 +297,10 @@ def _sizes_of(source: Source, names: Sequence[bytes]) -> np.ndarray:
             found = os.stat(os.path.join(folder, name))
         except (OSError, ValueError):  # ValueError: a zero byte in the name
             continue
-        if stat.S_ISDIR(found.st_mode):
-            path = storage.join(source.path, os.fsdecode(name))
-            raise InputError(f"{source.list_file} names the folder {path}; wanted an image in each line")
+        if not stat.S_ISREG(found.st_mode):
+            what = "folder" if stat.S_ISDIR(found.st_mode) else "device or pipe"
+            path = printable(storage.join(source.path, os.fsdecode(name)))
+            raise InputError(f"{source.list_file} names the {what} {path}; wanted an image in each line")
         sizes[number] = found.st_size
     return sizes
 

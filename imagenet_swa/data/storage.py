@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -19,6 +20,7 @@ from imagenet_swa.config import InputError
 WHOLE = -1  # as a size: up to the end, however far that is
 NOT_THERE = "no such file or object"
 MAX_PATHS = 1_000_000  # of one pattern
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a pipe among images would be waited for, perhaps for ever
 _READ_AHEAD = 16 * 2**20  # one request to S3 while an object is read through
 
 
@@ -57,7 +59,7 @@ def read_into(path: str, room: memoryview, *, offset: int = 0, size: int) -> Non
     wanted = room[: size + (offset == 0)]  # one more, so that a file which has grown is noticed
     num_bytes = 0
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, _READ)
         try:
             while num_bytes < len(wanted) and (more := os.preadv(descriptor, [wanted[num_bytes:]], offset + num_bytes)):
                 num_bytes += more
@@ -86,7 +88,7 @@ def _read_any(path: str, offset: int, size: int) -> bytes:
 
 
 def _read_local(path: str, offset: int, size: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, _READ)
     try:
         if size == WHOLE:
             size = os.fstat(descriptor).st_size - offset
@@ -109,12 +111,14 @@ def open_to_read(path: str) -> IO[bytes]:
     """A seekable stream. Reads ahead in S3, where each request takes long. Raises ReadError."""
     try:
         if not is_remote(path):
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise ReadError("it is no regular file")
             return Path(path).open("rb")
         key = path.removeprefix("s3://")
         file = _s3(key.partition("/")[0]).open_input_file(key)
         return io.BufferedReader(file, _READ_AHEAD)  # pyright: ignore[reportArgumentType]  # it has what the reader calls
     except OSError as error:
-        raise ReadError(reason_of(error)) from None
+        raise ReadError(str(error) if isinstance(error, ReadError) else reason_of(error)) from None
 
 
 def size_of(path: str) -> int:

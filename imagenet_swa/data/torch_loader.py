@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, functional
 
+from imagenet_swa import stop
 from imagenet_swa.config import Preprocessing
 from imagenet_swa.data import storage
 from imagenet_swa.data.batch import BadImages, Batch, labels_on
@@ -70,8 +71,11 @@ class TorchvisionLoader:
             generator=torch.Generator(),  # else each stream would draw from the numbers that dropout comes from
             # S3's client does not work in a copy of a process that has used it.
             multiprocessing_context="forkserver" if self._num_workers and storage.is_remote(self.index.root) else None,
+            worker_init_fn=_begin_worker,
         )
-        for pixels, kept, bad in decoded:
+        with stop.held_back():  # until the workers, which would die of them, ignore them
+            started = iter(decoded)
+        for pixels, kept, bad in started:
             self._bad_images.leave_out(bad, num_good=len(kept) if mode == "train" else None)
             yield self._to_batch(pixels, np.array(kept, np.int64), tuple(bad))
 
@@ -80,6 +84,10 @@ class TorchvisionLoader:
         images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32, memory_format=order)
         images = ((images - self._mean) / self._std).contiguous(memory_format=order)
         return Batch(images, labels_on(self._device, self.index.labels[indices]), indices, left_out)
+
+
+def _begin_worker(_number: int) -> None:
+    stop.ignore_in_child()
 
 
 class _Decoded(Dataset[Decoded]):

@@ -64,16 +64,22 @@ def markdown(blocks: Sequence[Block], folder: Path) -> str:
 def _markdown_block(block: Block, folder: Path) -> str:
     match block:
         case Heading():
-            return f"{'#' * block.level} {block.text.replace('<', '&lt;')}"
+            return f"{'#' * block.level} {_quiet(block.text)}"
         case Paragraph():
-            return block.text
+            return _quiet(block.text)
         case Bullets():
-            return "\n".join(f"- {item}" for item in block.items)
+            return "\n".join(f"- {_quiet(item)}" for item in block.items)
         case Rows():
             title = f"**{block.title}**\n\n" if block.title else ""
             return title + markdown_table(block.columns, block.rows)
         case Picture():
-            return f"![{block.about}]({Path(os.path.relpath(block.path, folder)).as_posix()})"
+            return f"![{_quiet(block.about)}]({Path(os.path.relpath(block.path, folder)).as_posix()})"
+
+
+def _quiet(text: str) -> str:
+    """One line in which what came from elsewhere can be no tag, link or picture of a page; code stays as it is."""
+    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
+    return "".join(part if i % 2 else part.replace("<", "&lt;").replace("](", "]\\(") for i, part in enumerate(parts))
 
 
 STYLE = """

@@ -63,13 +63,15 @@ def read_answers(run: RunFiles, result: dict[str, Any]) -> Answers:
     import pyarrow.parquet as pq
 
     path = predictions_path(run, result)
-    if not path.exists():
+    if not path.is_file():
         raise InputError(f"{path} is missing: without its predictions {run.folder} cannot be compared image by image")
     try:
         table = pq.read_table(path, columns=["index", "label", "top5"])
         first = pc.list_element(table["top5"], 0)  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
         indices, labels, answers = (column.to_numpy() for column in (table["index"], table["label"], first))
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        if not all(column.dtype.kind in "iu" for column in (indices, labels, answers)) or len(np.unique(indices)) < len(indices):
+            raise ValueError("its columns are not numbers of images and classes, each image once")
+    except (OSError, KeyError, ValueError, MemoryError, pa.ArrowException) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     order = np.argsort(indices, kind="stable")
     found = Answers(indices[order], labels[order], (answers == labels)[order])

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from imagenet_swa.config import Config, SwaConfig, require
+from imagenet_swa.files import save_figure
 from imagenet_swa.report.runs import TITLES, RunFiles
 from imagenet_swa.schedule import make_schedule
 
+MAX_STEPS = 1_000_000  # of a picture; of longer runs every second, third, ...
 MAX_MARKS = 400  # captures that are drawn one by one
 STYLES = {
     "pretrained": ("k", "s"),
@@ -47,7 +49,8 @@ def learning_rates(run: RunFiles) -> tuple[list[int], list[float]]:
     schedule = run.schedule
     if not logged or schedule is None:
         return [], []
-    steps = list(range(1, logged[-1]["step"] + 1))
+    last = logged[-1]["step"]
+    steps = list(range(1, last + 1, -(-last // MAX_STEPS) or 1))
     return steps, [schedule.learning_rate(step - 1) for step in steps]
 
 
@@ -66,7 +69,7 @@ def plot_trajectory(run: RunFiles, path: Path) -> None:
     below.legend()
     below.grid(alpha=0.3)
     figure.suptitle(run.network)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def plot_schedule(config: Config, steps_per_epoch: int, path: Path) -> None:
@@ -147,7 +150,7 @@ def plot_gains(gains: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_xlabel("gain, points of top-1")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside upper right", ncols=4, fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def plot_seeds(
@@ -181,7 +184,7 @@ def plot_seeds(
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.suptitle(f"{title or (*runs, *baselines)[0].network}: a line per seed")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def new_figure(num_rows: int, *, size: tuple[float, float], **how: Any) -> tuple[Any, Sequence[Any]]:

@@ -1,15 +1,15 @@
 """What a run folder holds, read for reports."""
 
 import dataclasses
-import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from imagenet_swa.config import Config, InputError, SwaConfig
+from imagenet_swa.plain import is_count, is_number, parse_json, parse_yaml, printable, read_text
 from imagenet_swa.schedule import Schedule, make_schedule
 
 # The networks of a run, in the order of the table. "swa" is Alg. 1: the pretrained weights count as its first model.
@@ -104,38 +104,89 @@ def load_run(folder: Path) -> RunFiles:
     Raises:
         InputError: it holds no run, or nothing was evaluated yet.
     """
-    config = _read(folder / "config.yaml", yaml.safe_load, dict, ("model", "swa", "seed"))
-    try:
-        _from_plain(Config, config)
-    except (TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.yaml'} is not what a run writes: {error}") from None
-    environment = _read(folder / "environment.json", json.loads, dict, ("data",))
-    results = _read(folder / "results.json", json.loads, list)
+    config = read_config(folder)
+    environment = _read(folder / "environment.json", parse_json, dict, ("data",))
+    _check(folder / "environment.json", _is_environment(environment))
+    results = _read(folder / "results.json", parse_json, list)
+    _check(folder / "results.json", all(map(is_result, results)))
     metrics_file = folder / "metrics.jsonl"
-    lines = metrics_file.read_text().splitlines() if metrics_file.exists() else []
+    lines = _read(metrics_file, str.splitlines, list) if metrics_file.exists() and metrics_file.stat().st_size else []
     metrics = [line for line in map(_parse_line, lines) if line is not None]
     return RunFiles(folder, config, environment, results, metrics)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings in a run folder as plain values, those that this version knows checked.
+
+    Raises:
+        InputError: it holds no run.
+    """
+    path = folder / "config.yaml"
+    config = _read(path, parse_yaml, dict, ("model", "swa", "seed"))
+    try:
+        swa = _from_plain(Config, config).swa
+        make_schedule(swa, steps_per_epoch=swa.cycle_steps or 1).learning_rate(0)
+    except (TypeError, AttributeError, ValueError, KeyError, OverflowError, ZeroDivisionError) as error:
+        raise InputError(f"{path} is not what a run writes: {printable(str(error))[:300]}") from None
+    used = {"model": ("name", "num_classes"), "swa": ("num_epochs", "schedule", "lr_max", "lr_min", "cycle_epochs")}
+    _check(path, all(name in config[section] for section, names in used.items() for name in names))
+    return config
+
+
+def is_result(entry: Any) -> bool:
+    """Whether an entry of results.json is one that a run writes; the NLL of a diverged network may be no number."""
+    return (
+        isinstance(entry, dict)
+        and entry.get("name") in TITLES
+        and is_number(entry.get("epoch"), 0, 1e9)
+        and is_count(entry.get("step"))
+        and is_count(entry.get("num_images"))
+        and entry["num_images"] > 0
+        and is_number(entry.get("top1"), 0, 1)
+        and is_number(entry.get("top5"), 0, 1)
+        and isinstance(entry.get("nll"), int | float)
+        and is_count(entry.get("num_left_out", 0))
+    )
+
+
+def _is_environment(record: dict[str, Any]) -> bool:
+    data, versions, gpus = record["data"], record.get("versions", {}), record.get("gpus", [])
+    return (
+        isinstance(data, dict)
+        and all(isinstance(data.get(split), dict) for split in ("train", "val"))
+        and all(isinstance(part.get("fingerprint"), str) and is_count(part.get("num_images")) for part in data.values())
+        and isinstance(versions, dict)
+        and isinstance(gpus, list)
+        and all(isinstance(text, str) for text in (*gpus, record.get("cpu", "")))
+        and isinstance(record.get("preprocessing", {}), dict)
+    )
+
+
+def _check(path: Path, is_right: bool) -> None:
+    if not is_right:
+        raise InputError(f"{path.parent} holds no evaluated run: {path} is not what a run writes")
+
+
 def _read(path: Path, parse: Callable[[str], Any], kind: type, keys: tuple[str, ...] = ()) -> Any:
     try:
-        content = parse(path.read_text())
+        content = parse(read_text(path))
     except FileNotFoundError:
         raise InputError(f"{path.parent} holds no evaluated run: {path} is missing") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {printable(' '.join(str(error).split()))[:500]}") from None
     if not content:
         raise InputError(f"{path.parent} holds no evaluated run: {path} is empty")
-    if not isinstance(content, kind) or any(key not in content for key in keys):
-        raise InputError(f"{path.parent} holds no evaluated run: {path} is not what a run writes")
+    _check(path, isinstance(content, kind) and all(key in content for key in keys))
     return content
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:  # the last line of a run that is being written or was killed
+        entry = parse_json(line)
+    except ValueError:  # the last line of a run that is being written or was killed
         return None
+    is_line = isinstance(entry, dict) and isinstance(entry.get("kind"), str) and is_count(entry.get("step"))
+    return entry if is_line and is_number(entry.get("epoch", 0), 0, 1e9) else None
 
 
 def settings_of(run: RunFiles) -> dict[str, Any]:
@@ -146,7 +197,27 @@ def settings_of(run: RunFiles) -> dict[str, Any]:
 def _from_plain(cls: type, values: dict[str, Any]) -> Any:
     """A dataclass from nested dicts; keys that this version does not know are left out."""
     known = {f.name: f for f in dataclasses.fields(cls) if f.name in values}
+    for name, f in known.items():
+        if not dataclasses.is_dataclass(f.type) and not _fits(values[name], f.type):
+            raise TypeError(f"{name} is {str(values[name])[:60]!r}")
     return cls(**{
         name: _from_plain(f.type, values[name]) if isinstance(f.type, type) and dataclasses.is_dataclass(f.type) else values[name]
         for name, f in known.items()
     })  # fmt: skip
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a plain value can be one of a field of this type, as `to_plain` writes them."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is tuple:
+        kinds = [inner[0]] * len(value) if isinstance(value, list) and inner[-1] is ... else inner
+        return isinstance(value, list) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is float:
+        return is_number(value) and math.isfinite(value)
+    if kind is int:
+        return type(value) is int
+    return isinstance(value, {Path: str, None: NoneType}.get(kind, origin or kind))

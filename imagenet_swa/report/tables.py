@@ -81,13 +81,13 @@ def mean_and_std(values: Any, sign: str = "") -> str:
 def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A Markdown table; columns that are empty in every row are left out."""
     kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
-    lines = [[columns[i] for i in kept], ["---" if i == 0 else "---:" for i in kept]]
+    lines = [[_markdown_cell(columns[i]) for i in kept], ["---" if i == 0 else "---:" for i in kept]]
     lines += [[_markdown_cell(row[i]) for i in kept] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _markdown_cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("](", "]\\(")
 
 
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]], title: str | None = None) -> None:

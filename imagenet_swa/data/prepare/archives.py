@@ -16,7 +16,9 @@ from imagenet_swa.data.index import ImageIndex, Location, check_classes, check_l
 from imagenet_swa.data.prepare.labels import read_labels
 from imagenet_swa.data.prepare.parquet import ParquetImages, parquet_files
 from imagenet_swa.data.sources import EXTENSIONS, Source, Track, scan, untracked
+from imagenet_swa.data.tars import Bounded, members_of, open_tar
 
+_CONTROL = re.compile(r"[\x00\x1b]")  # what no file can be called, and what terminals obey
 _BYTES_PER_IMAGE = 115_439  # of ILSVRC2012_img_train.tar, headers included
 
 
@@ -126,9 +128,10 @@ def key_of(name: str) -> str:
     """
     folder, slash, base = name.rpartition("/")
     stem, extension = os.path.splitext(base)
-    if name.startswith("/") or ".." in folder.split("/") or extension.lower() not in EXTENSIONS:
+    is_below = not name.startswith("/") and ".." not in folder.split("/") and not _CONTROL.search(name)
+    if not is_below or extension.lower() not in EXTENSIONS:
         kinds = ", ".join(EXTENSIONS)
-        raise InputError(f"image {name!r}: wanted a path below the source's folder that ends with one of {kinds}")
+        raise InputError(f"image {name[:200]!r}: wanted a path below the source's folder that ends with one of {kinds}")
     return folder + slash + stem.replace(".", "_")
 
 
@@ -310,10 +313,10 @@ def _members(path: str, file: Any = None, start: int = 0, size: int | None = Non
                 yield from _members(path, opened, 0, size)
             return
         assert size is not None
-        part: Any = _Part(file, start, size)
-        with tarfile.open(fileobj=part, mode="r:") as tar:
+        part: Any = Bounded(_Part(file, start, size))
+        with open_tar(part) as tar:
             archive: Any = tar
-            for member in archive:
+            for member in members_of(tar):
                 archive.members = []  # or it would keep all of them
                 if member.isfile():
                     end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

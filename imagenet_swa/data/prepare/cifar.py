@@ -27,6 +27,7 @@ from imagenet_swa.config import InputError, require
 from imagenet_swa.data import storage
 from imagenet_swa.data.cifar import DATASETS, HOME, NUM_PIXEL_BYTES, DataFile, Dataset
 from imagenet_swa.data.sources import Track, untracked
+from imagenet_swa.data.tars import members_of, open_tar
 from imagenet_swa.files import flush, flush_file
 
 FORMAT = "imagenet-swa import 1"
@@ -126,8 +127,8 @@ def _read_archive(source: Path, dataset: Dataset, sizes: dict[str, int]) -> dict
     seen: set[str] = set()
     try:
         with _opened(source) as file:
-            with tarfile.open(fileobj=file, mode="r|") as tar:
-                for member in tar:
+            with open_tar(file, "r|") as tar:
+                for member in members_of(tar):
                     name = PurePosixPath(member.name).name
                     if member.isreg() or name in dataset.other_versions:
                         seen.add(name)

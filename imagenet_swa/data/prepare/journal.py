@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import IO, Any
@@ -10,7 +11,9 @@ from imagenet_swa.config import InputError, require
 from imagenet_swa.data import storage
 from imagenet_swa.data.prepare.units import FolderOutput, ShardOutput, Unit
 from imagenet_swa.files import flush_file
+from imagenet_swa.plain import is_count, parse_json
 
+_NO_NUMBERS = ("file", "counts", "bad", "digest")
 FORMAT = "imagenet-swa prepare 1"
 
 
@@ -58,10 +61,7 @@ class Journal:
         for line in self._file.readlines():
             if not line.endswith(b"\n"):  # cut off in the middle of writing
                 break
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                raise InputError(f"{self._path} is damaged in line {len(lines) + 1}; choose a new or empty output") from None
+            lines.append(self._parse(line, len(lines) + 1))
             whole += len(line)
         self._file.truncate(whole)
         if not lines:
@@ -70,13 +70,29 @@ class Journal:
             self._append({"format": FORMAT, "identity": identity})
         else:
             self._check(lines[0], identity)
-        for line in lines[1:]:
-            unit = Unit(**line | {"counts": Counter(line["counts"])})
+        for unit in lines[1:]:
             if unit.number != len(self.units):  # written again after an earlier one was lost
                 self.units = self.units[: unit.number]
             self.units.append(unit)
         self.units = self.units[: output.num_whole(self.units)]
         output.begin_after(self.units)
+
+    def _parse(self, line: bytes, number: int) -> Any:
+        """The settings, which stand in the first line, or a unit. Raises InputError: nothing that this program wrote."""
+        try:
+            found = parse_json(line)
+            whole = isinstance(found, dict) and (number > 1 or isinstance(found.get("identity"), dict))
+            if whole and number == 1:
+                return found
+            fields: dict[str, Any] = found | {"counts": Counter(found["counts"])}
+            unit = Unit(**fields)
+            numbers = [*unit.counts.values(), *(value for name, value in vars(unit).items() if name not in _NO_NUMBERS)]
+            own_file = unit.file is None or re.fullmatch(r"\w+/\w+-\d+\.tar", unit.file) is not None
+            if own_file and all(map(is_count, numbers)) and isinstance(unit.bad, list) and isinstance(unit.digest, str):
+                return unit
+        except (ValueError, TypeError, KeyError, AttributeError):
+            pass
+        raise InputError(f"{self._path} is damaged in line {number}; choose a new or empty output")
 
     def _check(self, first: dict[str, Any], identity: dict[str, Any]) -> None:
         require(first.get("format") == FORMAT, f"{self._path} is of another version; choose a new or empty output")

@@ -3,12 +3,15 @@
 import io
 import os
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 from imagenet_swa.config import InputError, require
 from imagenet_swa.data import imagenet, storage
+from imagenet_swa.data.tars import members_of, open_tar
 
+_MAX_BYTES = 16 * 2**20  # of each of the two files
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 
 
@@ -60,10 +63,10 @@ def _label(where: str, text: str, num_classes: int) -> int:
     synsets = imagenet.synsets()
     if not text.isdecimal() and text not in synsets:
         raise InputError(f"{where}: wanted a label or a synset of ImageNet-1k such as n01440764, got {text[:60]!r}")
-    value = int(text) if text.isdecimal() else synsets.index(text)
+    value = int(text[:20]) if text.isdecimal() else synsets.index(text)
     if value >= num_classes:
         hint = f"; is this {_TRUTH}? Its numbers are no class numbers: give the whole development kit" if value == 1000 else ""
-        raise InputError(f"{where}: label {text} is not in 0..{num_classes - 1} (num_classes){hint}")
+        raise InputError(f"{where}: label {text[:60]} is not in 0..{num_classes - 1} (num_classes){hint}")
     return value
 
 
@@ -95,15 +98,15 @@ def _devkit_files(path: Path) -> tuple[bytes, bytes]:
             for name in (_TRUTH, _META):
                 for place in (folder, folder / "data", folder / "ILSVRC2012_devkit_t12" / "data"):
                     if name not in found and (place / name).is_file():
-                        found[name] = (place / name).read_bytes()
+                        found[name] = (place / name).read_bytes()[:_MAX_BYTES]
         else:
-            with tarfile.open(path) as kit:
-                for member in kit:
+            with open_tar(path, "r") as kit:
+                for member in members_of(kit):
                     name = os.path.basename(member.name)
                     if name in (_TRUTH, _META) and (file := kit.extractfile(member)) is not None:
-                        found[name] = file.read()
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise InputError(f"cannot read the development kit {path}: {error}; fetch it again") from None
+                        found[name] = file.read(_MAX_BYTES)
+    except (OSError, tarfile.TarError, EOFError, zlib.error, KeyError) as error:  # KeyError: of links to nowhere
+        raise InputError(f"cannot read the development kit {path}: {' '.join(str(error).split())}; fetch it again") from None
     missing = [name for name in (_TRUTH, _META) if name not in found]
     if missing:
         raise InputError(

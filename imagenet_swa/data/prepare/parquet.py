@@ -13,7 +13,9 @@ from pyarrow import parquet
 from imagenet_swa.config import InputError, require
 from imagenet_swa.data import storage
 from imagenet_swa.data.sources import EXTENSIONS
+from imagenet_swa.plain import printable
 
+_TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
 _ROWS = 64  # held in memory at a time
 _WANTED = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()})
 
@@ -62,6 +64,7 @@ class ParquetImages:
         for path in files:
             with _open_parquet(path) as table:
                 numbers.append(table.metadata.num_rows)
+        require(min(numbers) >= 0, f"{files[0]} or another of these parquet files is damaged; fetch them again")
         self._starts = [0, *np.cumsum(numbers).tolist()]
         require(len(self) > 0, f"{files[0]} and {len(files) - 1} other parquet files hold no rows")
         self.identity = {
@@ -84,23 +87,27 @@ def _open_parquet(path: str) -> parquet.ParquetFile:
     """A file whose columns are the Hub's."""
     try:
         table = parquet.ParquetFile(storage.open_to_read(path))
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
+        got = table.schema_arrow
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = printable(" ".join(str(error).split())[:120])
         raise InputError(f"cannot read the parquet file {path}: {reason}; fetch it again") from None
-    got = table.schema_arrow
     for field in _WANTED:
         position = got.get_field_index(field.name)
         if position < 0 or not _same_kind(got.field(position).type, field.type):
-            columns = ", ".join(f"{column.name}: {column.type}" for column in got)
+            columns = printable(", ".join(f"{column.name}: {column.type}" for column in got)[:300])
             wanted = ", ".join(f"{column.name}: {column.type}" for column in _WANTED)
-            raise InputError(f"{path} has the columns {columns[:300]}; wanted {wanted}, as in the Hub's ILSVRC/imagenet-1k")
+            raise InputError(f"{path} has the columns {columns}; wanted {wanted}, as in the Hub's ILSVRC/imagenet-1k")
     return table
 
 
 def _same_kind(got: pa.DataType, wanted: pa.DataType) -> bool:
     if not pa.types.is_struct(wanted):
         return pa.types.is_integer(got)
-    return pa.types.is_struct(got) and {"bytes", "path"} <= {got.field(number).name for number in range(got.num_fields)}
+    if not pa.types.is_struct(got):
+        return False
+    kinds = {got.field(number).name: got.field(number).type for number in range(got.num_fields)}
+    are_bytes = pa.types.is_binary(kinds.get("bytes", pa.null())) or pa.types.is_large_binary(kinds.get("bytes", pa.null()))
+    return are_bytes and any(check(kinds.get("path", pa.int8())) for check in _TEXTS)
 
 
 def _rows(path: str, first: int, start: int, num_classes: int) -> Iterator[tuple[str, int, bytes]]:
@@ -117,8 +124,8 @@ def _rows(path: str, first: int, start: int, num_classes: int) -> Iterator[tuple
                                 yield _row(f"{path}: row {number}", number, image.as_py(), label, num_classes)
                         first += batch.num_rows
                 first = end
-        except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())[:120]
+        except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+            reason = printable(" ".join(str(error).split())[:120])
             raise InputError(f"cannot read the parquet file {path}: {reason}; fetch it again") from None
 
 

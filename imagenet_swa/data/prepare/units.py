@@ -1,5 +1,6 @@
 """What `prepare` writes, unit by unit: tar shards or files in folders."""
 
+import errno
 import hashlib
 import itertools
 import os
@@ -8,6 +9,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -200,7 +202,18 @@ class FolderOutput:
         """Write a file, under its name once it is whole."""
         name = self.placed(name, label)
         require("\n" not in name and name == name.strip(), f"image {name!r} cannot stand in a list; rename it")
-        path = self._folder / name
+        try:
+            self._write(self._folder / name, data)
+        except OSError as error:
+            if error.errno not in (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ):
+                raise
+            raise InputError(f"image {name[:200]!r} cannot be a file: {storage.reason_of(error)}; rename it") from None
+        self._lines.append(os.fsencode(name) + f" {label}\n".encode())
+        self._digest.add(name, label, data)
+        unit.num_images += 1
+        unit.num_bytes += len(data)
+
+    def _write(self, path: Path, data: bytes) -> None:
         if path.parent not in self._made:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._made.add(path.parent)
@@ -209,11 +222,8 @@ class FolderOutput:
             partial.write_bytes(data)
             partial.replace(path)
         finally:
-            partial.unlink(missing_ok=True)
-        self._lines.append(os.fsencode(name) + f" {label}\n".encode())
-        self._digest.add(name, label, data)
-        unit.num_images += 1
-        unit.num_bytes += len(data)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     def commit(self, unit: Unit) -> None:
         """Wait until all is on the disk, the list's part too."""
