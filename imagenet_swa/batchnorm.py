@@ -69,6 +69,45 @@ def mean_over_ranks(network: nn.Module, sum_over_ranks: SumOverRanks, world_size
             statistic.copy_(sum_over_ranks(statistic) / world_size)
 
 
+def statistics_of_ranks(network: nn.Module, sum_over_ranks: SumOverRanks, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """The moving statistics that each rank keeps while training, by `rank-0/NAME` in host memory, on every rank; they stay as
+    they are.
+    """
+    mine = _moving_statistics(network)
+    if not mine:
+        return {}
+    flat = torch.cat([statistic.flatten() for statistic in mine.values()])
+    rows = torch.zeros(world_size, len(flat), dtype=flat.dtype, device=flat.device)
+    rows[rank] = flat
+    rows = sum_over_ranks(rows).cpu()
+    sizes = [statistic.numel() for statistic in mine.values()]
+    return {
+        f"rank-{number}/{name}": part.clone()
+        for number, row in enumerate(rows)
+        for name, part in zip(mine, row.split(sizes), strict=True)
+    }
+
+
+def restore_statistics(network: nn.Module, saved: dict[str, torch.Tensor], rank: int, world_size: int) -> None:
+    """Put back this rank's moving statistics; where there were other ranks than now, the mean over those. Nothing saved: nothing
+    changed.
+    """
+    num_saved = len({name.partition("/")[0] for name in saved})
+    for name, statistic in _moving_statistics(network).items() if saved else ():
+        if num_saved == world_size:
+            statistic.copy_(saved[f"rank-{rank}/{name}"])
+        else:
+            statistic.copy_(torch.stack([saved[f"rank-{number}/{name}"] for number in range(num_saved)]).mean(0))
+
+
+def _moving_statistics(network: nn.Module) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, layer in batchnorm_layers(network).items():
+        assert layer.running_mean is not None and layer.running_var is not None
+        found |= {f"{name}.running_mean": layer.running_mean, f"{name}.running_var": layer.running_var}
+    return found
+
+
 class _Moments:
     """Count, mean (C,) and sum of squared deviations (C,) of all values a channel has seen, in float64."""
 

@@ -1,6 +1,5 @@
 """The commands: parse, call, exit code. What a command needs is imported when it runs."""
 
-import errno
 import os
 import sys
 import time
@@ -9,9 +8,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TypeVar
 
-from imagenet_swa import __version__
+from imagenet_swa import __version__, status
 from imagenet_swa.arguments import parse_config, parse_config_and, parse_run_and, parse_settings
-from imagenet_swa.config import InputError, TrainingError, require
+from imagenet_swa.config import InputError, require
+from imagenet_swa.ending import BAD_INPUT, end, exit_code_of
+from imagenet_swa.stop import request
 
 T = TypeVar("T")
 
@@ -42,10 +43,12 @@ data:
   prepare    imagenet-swa prepare SOURCE OUTPUT: official archives, parquet, folders, lists or shards to tar shards or folders,
              smaller or with restart markers if wanted
   import     imagenet-swa import cifar10|cifar100 SOURCE OUTPUT: CIFAR's original binaries to folders of images
-  bench      imagenet-swa bench loader: images/s of our loader and its alternatives on your data
+  selftest   imagenet-swa selftest faults: kills a small run again and again, and compares what becomes of it
+  bench      imagenet-swa bench loader|safety: images/s of our loader and its alternatives; what checkpoints and guards cost
 
 imagenet-swa COMMAND --help lists every setting; --print_config shows the configuration that results.
-exit codes: 0 done, 1 failed, 2 unusable input, 130 interrupted
+exit codes: 0 done, 1 failed, 2 unusable input, 85 stopped as asked (SIGTERM, SIGINT, SIGUSR1, SIGUSR2, --max_minutes): start the
+same command again and it goes on, 130 interrupted
 """
 
 
@@ -68,32 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = COMMANDS.get(arguments[0])
     if command is None:
-        return _fail(2, f"unknown command {arguments[0]!r}; wanted one of {', '.join(COMMANDS)}")
-    try:
-        return command(arguments[1:])
-    except InputError as error:
-        return _fail(2, str(error), every_rank=error.concerns_one_rank)
-    except KeyboardInterrupt:
-        return _fail(130, f"interrupted{_GOES_ON.get(arguments[0], '')}")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        return _fail(1, f"{error.strerror}{where}{_GOES_ON.get(arguments[0], '')}")
-    except TrainingError as error:
-        return _fail(1, str(error))
-
-
-def _fail(code: int, message: str, *, every_rank: bool = False) -> int:
-    """Say why on stderr, once per machine unless only this rank knows."""
-    if every_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        rank = f" [rank {os.environ['RANK']}]" if every_rank and "RANK" in os.environ else ""
-        print(f"imagenet-swa: error{rank}: {message}", file=sys.stderr, flush=True)
-    return code
+        return end(BAD_INPUT, f"unknown command {arguments[0]!r}; wanted one of {', '.join(COMMANDS)}")
+    return exit_code_of(lambda: command(arguments[1:]), goes_on=_GOES_ON.get(arguments[0], ""))
 
 
 def _train(arguments: Sequence[str]) -> int:
+    request.listen()
+    status.begin()
     config = parse_config(arguments, "imagenet-swa train", "Fine-tune, average, recompute BatchNorm, evaluate, report.")
+    request.limit(config.max_minutes)
     from imagenet_swa.finetune import finetune
 
     report = finetune(config)
@@ -194,7 +180,7 @@ def _schedule(arguments: Sequence[str]) -> int:
     require(picture.parent.is_dir(), f"no such folder: {picture.parent}")
     from imagenet_swa.data.imagenet import NUM_TRAIN
     from imagenet_swa.data.loaders import num_training_images
-    from imagenet_swa.engine import make_plan
+    from imagenet_swa.plan import make_plan
     from imagenet_swa.report import plot_schedule
 
     num_images = num_training_images(config) or NUM_TRAIN
@@ -271,26 +257,47 @@ def _settings_of_words(cls: type[T], names: Sequence[str], arguments: Sequence[s
 
 
 def _bench(arguments: Sequence[str]) -> int:
+    kinds = {"loader": _bench_loader, "safety": _bench_safety}
+    kind, rest = (arguments[0], arguments[1:]) if arguments else ("nothing after bench", [])
+    if kind in ("-h", "--help"):
+        print("usage: imagenet-swa bench loader|safety [--setting VALUE ...] (all settings: imagenet-swa bench loader --help)")
+        return 0
+    if kind not in kinds:
+        raise InputError(f"wanted `imagenet-swa bench loader` or `imagenet-swa bench safety`, got {kind}")
+    return kinds[kind](rest)
+
+
+def _bench_loader(arguments: Sequence[str]) -> int:
     from imagenet_swa.bench import BenchSettings, bench_loader
     from imagenet_swa.bench.results import COLUMNS, absent_lines, table_rows
     from imagenet_swa.report import print_table
 
-    if arguments and arguments[0] in ("-h", "--help"):
-        arguments = ["loader", "--help"]
-    if not arguments or arguments[0] != "loader":
-        raise InputError(f"wanted `imagenet-swa bench loader`, got {' '.join(arguments[:1]) or 'nothing after bench'}")
     about = "Our loader and its alternatives on data.train and data.val, side by side, as ratios."
-    rest, prog = arguments[1:], "imagenet-swa bench loader"
-    config, settings = parse_config_and("bench", BenchSettings, rest, prog, about)
+    prog = "imagenet-swa bench loader"
+    config, settings = parse_config_and("bench", BenchSettings, arguments, prog, about)
     variants = {}
     for name, flags in settings.flags_of_variants().items():
-        variants[name], _ = parse_config_and("bench", BenchSettings, [*rest, *flags], prog, about)
+        variants[name], _ = parse_config_and("bench", BenchSettings, [*arguments, *flags], prog, about)
     record = bench_loader(config, settings, variants)
     print_table(COLUMNS, table_rows(record))
     for line in absent_lines(record):
         print(f"not measured: {line}")
     print(f"bench folder: {settings.output}")
     return 130 if record["interrupted"] else 0 if record["summary"] else 1
+
+
+def _bench_safety(arguments: Sequence[str]) -> int:
+    from imagenet_swa.bench.safety import SafetySettings, bench_safety
+    from imagenet_swa.bench.safety_results import COLUMNS, safety_rows
+    from imagenet_swa.report import print_table
+
+    about = "What checkpoints cost, and in each step the agreement of the ranks and the look at the gradients."
+    config, settings = parse_config_and("bench", SafetySettings, arguments, "imagenet-swa bench safety", about)
+    record = bench_safety(config, settings)
+    if os.environ.get("RANK", "0") == "0":
+        print_table(COLUMNS, safety_rows(record))
+        print(f"bench folder: {settings.output}")
+    return 0
 
 
 def _doctor(arguments: Sequence[str]) -> int:
@@ -300,6 +307,15 @@ def _doctor(arguments: Sequence[str]) -> int:
     from imagenet_swa.doctor import examine
 
     return 0 if examine(config, measure_baseline=not skip_baseline) else 1
+
+
+def _selftest(arguments: Sequence[str]) -> int:
+    from imagenet_swa.selftest import FaultSettings
+    from imagenet_swa.selftest.campaign import faults
+
+    wanted = "wanted `imagenet-swa selftest faults [--setting VALUE ...]`"
+    require(bool(arguments) and arguments[0] == "faults", f"{wanted}, got {' '.join(arguments[:1]) or 'nothing after selftest'}")
+    return faults(parse_settings(FaultSettings, arguments[1:], "imagenet-swa selftest faults", FaultSettings.__doc__ or ""))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -317,4 +333,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": _prepare,
     "import": _import,
     "bench": _bench,
+    "selftest": _selftest,
 }

@@ -13,11 +13,12 @@ from imagenet_swa.data import imagenet, resize
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.loaders import build_indices, build_loaders, hold_out
 from imagenet_swa.data.sampling import evaluation_batches, training_batches
-from imagenet_swa.engine import make_plan
 from imagenet_swa.files import existing
 from imagenet_swa.models import batchnorm_layers, check_forward, load_pretrained, resolve_preprocessing
+from imagenet_swa.plan import make_plan
+from imagenet_swa.results import compare_with_published
 from imagenet_swa.runtime import Runtime, num_cpus, start_runtime
-from imagenet_swa.session import compare_with_published, evaluate_network
+from imagenet_swa.session import evaluate_network
 
 GIB = 2**30
 T = TypeVar("T")
@@ -142,7 +143,7 @@ def _disk(config: Config, mib: float, num_images: int) -> tuple[str, None]:
     swa = config.swa
     cycle_steps, num_steps = swa.cycle_steps, swa.num_epochs * (num_images // config.global_batch_size)
     num_captures = swa.num_epochs // swa.cycle_epochs if cycle_steps is None else num_steps // cycle_steps
-    copies = num_captures + 2 * len(swa.epochs_to_report) + 1 + swa.averages + 4 * (config.checkpoints_to_keep + 1)
+    copies = num_captures + 2 * len(swa.epochs_to_report) + 1 + swa.averages + 4 * (config.checkpoint.keep + 1)
     needed, free = copies * mib * 2**20, shutil.disk_usage(existing(config.output)).free
     if free < needed:
         raise InputError(f"{config.output} has {free / GIB:.1f} GiB free, this run needs about {needed / GIB:.1f} GiB")

@@ -43,7 +43,7 @@ def momentum_buffers(network: nn.Module, optimizer: torch.optim.Optimizer) -> di
     """SGD's momentum by parameter name; parameters that had no step yet are absent. Also of an optimizer that Accelerate has
     wrapped.
     """
-    optimizer = _bare(optimizer)
+    optimizer = bare(optimizer)
     named = {name: optimizer.state.get(p, {}).get("momentum_buffer") for name, p in network.named_parameters()}
     return {name: buffer for name, buffer in named.items() if buffer is not None}
 
@@ -53,12 +53,12 @@ def load_momentum_buffers(network: nn.Module, optimizer: torch.optim.Optimizer, 
 
     The fused kernel on CPUs walks parameter and momentum as flat memory: another order there means wrong pairs.
     """
-    optimizer = _bare(optimizer)
+    optimizer = bare(optimizer)
     for name, parameter in network.named_parameters():
         if name in buffers:
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter.detach()).copy_(buffers[name])
 
 
-def _bare(optimizer: Any) -> torch.optim.Optimizer:
+def bare(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside Accelerate's wrapper."""
     return optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer

@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 import resource
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from imagenet_swa.config import Config, InputError
-from imagenet_swa.files import write_atomically
+from imagenet_swa.files import flush, write_atomically
 from imagenet_swa.runtime import Runtime
 
 T = TypeVar("T")
@@ -27,12 +29,15 @@ class Records:
     def __init__(self, folder: Path, runtime: Runtime) -> None:
         self._folder = folder
         self._runtime = runtime
-        self._console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        self._unwritten: dict[str, list[str]] = {"train.log": [], "metrics.jsonl": []}  # lines that the disk refused
+        self._lock = threading.Lock()  # the thread that writes checkpoints says things too
+        self._console = _Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """A line on the terminal and, with the time, in train.log."""
         if self._runtime.is_main:
-            self._console.print(text, markup=False)
+            with suppress(OSError):  # a terminal that has gone, a log on a full disk: no reason to end a run
+                self._console.print(text, markup=False)
             self._append("train.log", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
     def log(self, kind: str, *, step: int, **values: Any) -> None:
@@ -48,12 +53,31 @@ class Records:
         numbers = {f"{prefix}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         self._runtime.accelerator.log(numbers, step=step)
 
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl that a resumed run is about to write again."""
+    def forget_after(self, step: int, evaluated: Collection[tuple[str, int]] = ()) -> list[dict[str, Any]]:
+        """Drop the lines of metrics.jsonl that a resumed run is about to write again: those of later steps, and of evaluations
+        other than `evaluated`, (name, step) each. Returns the rest.
+        """
         path = self._folder / "metrics.jsonl"
-        if self._runtime.is_main and path.exists():
-            lines = path.read_text().splitlines()
-            write_atomically(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+        if not (self._runtime.is_main and path.exists()):
+            return []
+        lines = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+        found = [(line, json.loads(line)) for line in lines]
+        kept = [
+            (line, values)
+            for line, values in found
+            if values.get("kind") != "evaluation" or (values.get("name"), values["step"]) in evaluated
+        ]
+        write_atomically(path, "".join(line + "\n" for line, _ in kept))
+        return [values for _, values in kept]
+
+    def flush(self) -> None:
+        """Wait until all lines are on the disk. Raises OSError where it refuses some."""
+        if self._runtime.is_main:
+            with self._lock:
+                for name in self._unwritten:
+                    self._write(name)
+                    if (self._folder / name).exists():
+                        flush(self._folder / name)
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator["Ticker"]:
@@ -67,8 +91,29 @@ class Records:
             yield Ticker(bar, bar.add_task(title, total=total, note=""))
 
     def _append(self, name: str, line: str) -> None:
-        with (self._folder / name).open("a") as file:
-            file.write(line + "\n")
+        with self._lock:
+            self._unwritten[name].append(line)
+            with suppress(OSError):  # whoever saves a checkpoint hears of it
+                self._write(name)
+
+    def _write(self, name: str) -> None:
+        """Append the lines that wait, whole or not at all."""
+        path, text = self._folder / name, "".join(line + "\n" for line in self._unwritten[name]).encode()
+        with path.open("ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                rest = memoryview(text)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError as error:
+                os.ftruncate(file.fileno(), size)
+                raise OSError(error.errno, error.strerror, str(path)) from None
+        self._unwritten[name].clear()
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read the output has gone; rich would end the program."""
 
 
 class Ticker:
@@ -116,8 +161,8 @@ def claim_folder(config: Config, runtime: Runtime) -> None:
 def _step_of(line: str) -> float:
     """The step of a line; a line that a killed run left half-written counts as never reached."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
 
 

@@ -8,24 +8,30 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
-from imagenet_swa.config import Config, InputError
+from imagenet_swa.config import Config, InputError, LostOthersError
+from imagenet_swa.stop import StopRequest, request
+from imagenet_swa.watch import Watch, start_watch
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+T = TypeVar("T")
+_watches: list[Watch] = []  # the one of this process, as its group is
+# What gloo, NCCL and the store say when a peer is gone, in errors of no class of their own.
+_SIGNS_OF_LOSS = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "[gloo", "gloo/transport", "NCCL")
+_SIGNS_OF_LOSS += ("Broken pipe", "Failed to recv", "failed to recv", "recvValue failed", "sendBytes failed")
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,6 +45,8 @@ class Runtime:
     world_size: int
     local_world_size: int
     device: torch.device
+    watch: Watch | None = None
+    stop: StopRequest = request
 
     @property
     def is_main(self) -> bool:
@@ -60,6 +68,35 @@ class Runtime:
     def from_main(self, value: Any) -> Any:
         """Rank 0's value of a small picklable object, on every rank."""
         return broadcast_object_list([value])[0] if self.world_size > 1 else value
+
+    def on_main(self, call: Callable[[], object]) -> None:
+        """Let rank 0 do something while the others wait; what it raises, all raise, the others in words."""
+        problem: Exception | None = None
+        if self.is_main:
+            try:
+                call()
+            except Exception as error:
+                problem = error
+        text, is_input = self.from_main((problem and str(problem), isinstance(problem, InputError)))
+        if problem is not None:
+            raise problem
+        if text is not None:
+            raise InputError(text) if is_input else LostOthersError(f"rank 0 failed: {text}")
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value of a small picklable object, in the order of ranks, on every rank."""
+        return gather_object([value]) if self.world_size > 1 else [value]
+
+    def wants_to_stop(self, what: str) -> bool:
+        """Whether this rank was asked to stop. For where all ranks are about to agree: they hear what this one does."""
+        self.doing(what)
+        self.stop.is_heeded = True
+        return self.stop.reason is not None
+
+    def doing(self, what: str) -> None:
+        """Let the other ranks know what this one does, should they wait for it."""
+        if self.watch is not None:
+            self.watch.note(what)
 
     @contextmanager
     def local_main_first(self) -> Iterator[None]:
@@ -112,9 +149,19 @@ def start_runtime(config: Config) -> Runtime:
         kwargs_handlers=[
             # Each rank keeps its own BatchNorm statistics while training; `capture` averages them.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            # The watch, which knows who is late, comes first.
+            InitProcessGroupKwargs(timeout=timedelta(minutes=config.processes.collective_minutes + 5)),
         ],
     )
+    while _watches:
+        _watches.pop().close()
+    watch = start_watch(
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        silence_seconds=config.processes.silence_seconds,
+        stuck_seconds=60 * config.processes.collective_minutes,
+    )
+    _watches.append(watch)
     gc.collect()
     gc.freeze()  # what the imports made stays; else each full collection walks it, a tenth of a second at a time
     num_processes = accelerator.num_processes
@@ -126,6 +173,7 @@ def start_runtime(config: Config) -> Runtime:
         world_size=num_processes,
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         device=accelerator.device,
+        watch=watch,
     )
 
 
@@ -145,6 +193,21 @@ def check_precision(config: Config, *, on_gpu: bool) -> None:
         raise InputError("model.sync_batchnorm needs GPUs and none was found; set it to false")
     if on_gpu and "bf16" in precisions and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError("this GPU has no bf16; set speed.precision and evaluation.precision to fp16 or fp32")
+
+
+def what_others_did(error: BaseException) -> str | None:
+    """A line where an error says no more than that another process of the group is gone or late; None for other errors."""
+    text = " ".join(str(error).split())
+    is_collective = isinstance(error, torch.distributed.DistError) or any(sign in text for sign in _SIGNS_OF_LOSS)
+    if not (is_collective and torch.distributed.is_available()):
+        return None
+    late = _watches[0].late_ranks() if _watches else None
+    return late or f"another process of this run has ended or does not answer ({text[:200]})"
+
+
+def part_from_others(failure: str | None, *, lost_others: bool = False) -> bool:
+    """Tell the other ranks that this one ends, and why if it failed; whether the threads that listened to them have ended."""
+    return all(watch.close(failure, lost_others=lost_others) for watch in _watches)
 
 
 # ------------------------------------------------------------------------------------- were all processes started?

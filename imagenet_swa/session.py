@@ -1,24 +1,28 @@
 """Processes, images, network and loaders: what every command needs that runs a network on images."""
 
 import copy
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
+from imagenet_swa.agreement import until_stopped
 from imagenet_swa.batchnorm import recompute_statistics
-from imagenet_swa.config import Config, Preprocessing, require
-from imagenet_swa.data.imagenet import NUM_VAL, published_top1
+from imagenet_swa.config import Config, Preprocessing, require, to_plain
+from imagenet_swa.data.batch import Batch
 from imagenet_swa.data.index import ImageIndex
-from imagenet_swa.data.loaders import Loaders, build_indices, build_loaders, hold_out
-from imagenet_swa.data.sampling import epoch_order, evaluation_batches, statistics_batches
+from imagenet_swa.data.loaders import Loaders, build_indices, build_loaders, fingerprint_of_some, hold_out
+from imagenet_swa.data.sampling import Indices, epoch_order, evaluation_batches, statistics_batches
 from imagenet_swa.data.sources import progress_bar
 from imagenet_swa.engine import check_left_out
 from imagenet_swa.evaluate import Evaluation, evaluate
+from imagenet_swa.files import write_atomically
 from imagenet_swa.models import (
     Weights,
     batchnorm_layers,
@@ -28,7 +32,8 @@ from imagenet_swa.models import (
     resolve_preprocessing,
 )
 from imagenet_swa.records import Ticker, no_progress
-from imagenet_swa.runtime import Runtime, start_runtime
+from imagenet_swa.runtime import Runtime, environment_record, start_runtime
+from imagenet_swa.sameness import describe, differences, weights_fingerprint
 
 Progress = Callable[[int], AbstractContextManager[Ticker]]
 SUBSET_SEED = 1  # of the images that stand for a split
@@ -51,6 +56,8 @@ class Session:
         `evaluation_only` it does without training images.
         """
         runtime = start_runtime(config)
+        if runtime.world_size > 1:
+            _check_sameness(runtime, describe(config, {}))
         indices = build_indices(config, runtime, progress_bar, evaluation_only=evaluation_only)
         torch.manual_seed(config.seed)  # random weights are the same on every rank, as the averages of all ranks must be
         with runtime.local_main_first():
@@ -60,7 +67,18 @@ class Session:
         train, held_out = hold_out(indices[0], 0 if evaluation_only else config.data.num_held_out)
         indices = train, indices[1]
         loaders = build_loaders(config, indices, preprocessing, runtime, held_out)
-        return cls(config, runtime, indices, network, preprocessing, loaders)
+        session = cls(config, runtime, indices, network, preprocessing, loaders)
+        if runtime.world_size > 1:
+            _check_sameness(runtime, session._found_here())
+        return session
+
+    def _found_here(self) -> dict[str, str]:
+        """What the settings led to on this machine, as far as results depend on it."""
+        found = {"weights": weights_fingerprint(self.network.state_dict()), "decoder": self.loaders.train.decoder}
+        if not self.config.data.synthetic:
+            named = zip(("training", "validation"), self.indices, strict=True)
+            found |= {f"some {split} images": fingerprint_of_some(index) for split, index in named}
+        return found
 
     def describe(self) -> list[str]:
         """Network, preprocessing and images, a line each."""
@@ -72,6 +90,28 @@ class Session:
             f"preprocessing: {self.preprocessing.describe()}",
             f"images: {num_train:,} for training, {num_val:,} for validation; decoded by {self.loaders.train.decoder}",
         ]
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint's run and the present one must have in common, flat."""
+        train, val = (index.fingerprint for index in self.indices)
+        return self.config.result_settings() | {"training images": train, "validation images": val}
+
+    def changes_since(self, progress: Mapping[str, Any]) -> list[str]:
+        """What is other now than it was for the checkpoint of this progress, and what follows from it."""
+        found, decoder = [], self.loaders.train.decoder
+        if (before := progress["world_size"]) != self.runtime.world_size:
+            found.append(f"it was saved with {before} processes: BatchNorm now sees batches of another size")
+        if (before := progress.get("decoder", decoder)) != decoder:
+            found.append(f"until then images were decoded by {before}: pixels now differ slightly")
+        return found
+
+    def save_description(self) -> None:
+        """config.yaml and environment.json, with which others can repeat or doubt the run."""
+        record, named = environment_record(self.runtime, self.config), zip(("train", "val"), self.indices, strict=True)
+        record["data"] = {s: {"num_images": len(index), "fingerprint": index.fingerprint} for s, index in named}
+        record["preprocessing"] = to_plain(self.preprocessing)
+        write_atomically(self.config.output / "environment.json", json.dumps(record, indent=1))
+        write_atomically(self.config.output / "config.yaml", yaml.safe_dump(to_plain(self.config), sort_keys=False))
 
     def network_with(self, weights: Weights) -> nn.Module:
         """A fresh network on the device: one that Accelerate prepared would run in training's arithmetic."""
@@ -117,9 +157,10 @@ class Session:
         )
         runtime.seed(self.config.seed, step, 1, alone=alone)  # dropout, apart from the training steps' numbers
         with progress(len(batches)) as ticker:
+            stream = ticker.follow(loader.training_stream(batches, epoch=epoch))
             num_seen = recompute_statistics(
                 networks,
-                (batch.images for batch in ticker.follow(loader.training_stream(batches, epoch=epoch))),
+                (batch.images for batch in self._until_stopped("BatchNorm statistics", stream, batches, alone)),
                 sum_over_ranks=_as_it_is if alone else runtime.sum,
                 forward_context=lambda: runtime.autocast(self.config.evaluation.precision),
             )
@@ -152,9 +193,10 @@ class Session:
             batch_size=self.config.evaluation.batch_size,
         )
         with progress(len(batches)) as ticker:
+            stream = ticker.follow(loader.evaluation_stream([chosen[batch] for batch in batches]))
             evaluations = evaluate(
                 networks,
-                ticker.follow(loader.evaluation_stream([chosen[batch] for batch in batches])),
+                self._until_stopped("evaluation", stream, batches, alone),
                 loader.index.labels,
                 num_classes=self.config.model.num_classes,
                 device=runtime.device,
@@ -171,6 +213,17 @@ class Session:
         )
         return evaluations
 
+    def _until_stopped(self, what: str, stream: Iterable[Batch], batches: list[Indices], alone: bool) -> Iterator[Batch]:
+        """The stream, of which rank 0 has the most batches."""
+        num_rounds = len(batches) if alone else self.runtime.from_main(len(batches))
+        return until_stopped(stream, num_rounds, self.runtime, what=what, alone=alone)
+
+
+def _check_sameness(runtime: Runtime, description: dict[str, str]) -> None:
+    """Raise InputError, on every rank, where a rank's settings, code, versions, weights or images are not the others'."""
+    difference = differences(runtime.gather(description))
+    require(difference is None, f"{difference}")
+
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
@@ -181,16 +234,3 @@ def evaluate_network(config: Config) -> Evaluation:
     session = Session.open(config, evaluation_only=True)
     network = session.placed(session.network)
     return session.evaluate({"network": network})["network"]
-
-
-def compare_with_published(config: Config, preprocessing: Preprocessing, top1: float, num_images: int) -> str:
-    """A sentence on how a measured baseline relates to the published figure."""
-    published = published_top1(config.model.library, config.model.name, preprocessing.interpolation)
-    by_name = config.model.weights is None and config.model.pretrained  # else a file's weights, or random ones
-    if published is None or not by_name or num_images != NUM_VAL:
-        return f"  baseline: {100 * top1:.2f} % measured in this pipeline; gains are relative to it"
-    difference = 100 * (top1 - published)
-    verdict = (
-        "agrees" if abs(difference) <= 0.1 else "DIFFERS: check class order, preprocessing and weights before trusting gains"
-    )
-    return f"  baseline: {100 * top1:.2f} % measured, {100 * published:.2f} % published: {difference:+.2f} points, {verdict}"

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from imagenet_swa.bench.alternatives import ALTERNATIVES, REFERENCE, Alternative, Mode, Stream, Work
-from imagenet_swa.bench.measure import Candidate, measure, one_line
+from imagenet_swa.bench.measure import Candidate, empty_folder, measure, one_line
 from imagenet_swa.bench.results import Block, images_per_second, summarise, write_results
 from imagenet_swa.config import Config, InputError, Preprocessing, require, to_plain
 from imagenet_swa.data.index import ImageIndex
@@ -199,7 +199,7 @@ def bench_loader(config: Config, settings: BenchSettings, variants: Mapping[str,
     runtime = start_runtime(config)
     require(runtime.world_size == 1, f"bench measures one process, got {runtime.world_size}; start it without a launcher")
     indices = build_indices(config)
-    folder = _empty_folder(settings.output)
+    folder = empty_folder(settings.output / "files-of-loaders")
     blocks: list[Block] = []
     absent: list[dict[str, str]] = []
 
@@ -254,17 +254,6 @@ def bench_loader(config: Config, settings: BenchSettings, variants: Mapping[str,
     }
     write_results(result, settings.output)
     return result
-
-
-def _empty_folder(output: Path) -> Path:
-    """For what some loaders have to write first. Its name is fixed, so that a run removes what a killed one left."""
-    folder = output / "files-of-loaders"
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}; set bench.output to another") from None
-    return folder
 
 
 def _environment(runtime: Runtime, config: Config) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 
 from imagenet_swa.bench.alternatives import Mode, Stream
 from imagenet_swa.bench.results import Block
+from imagenet_swa.config import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,8 @@ def _cpu_seconds_of_descendants() -> Iterator[float]:
             yield ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _settle() -> None:
+def settle() -> None:
+    """Wait until a GPU, where there is one, has done what it was told."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -80,10 +83,10 @@ def time_block(
         return num_images
 
     take(num_drained)
-    _settle()
+    settle()
     start, cpu_start = clock(), cpu_clock()
     num_images = take(num_timed)
-    _settle()
+    settle()
     return num_images, clock() - start, cpu_clock() - cpu_start
 
 
@@ -131,6 +134,16 @@ def measure(
                 num_images, seconds, cpu = measured
                 who = {"mode": candidate.mode, "candidate": candidate.name, "round": number}
                 record(Block(**who, num_images=num_images, seconds=seconds, cpu_seconds=cpu))
+
+
+def empty_folder(folder: Path) -> Path:
+    """For what has to be written to be measured. Its name is fixed, so that a run removes what a killed one left."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}; set bench.output to another") from None
+    return folder
 
 
 def one_line(error: Exception) -> str:

@@ -38,8 +38,8 @@ def summarise(blocks: Sequence[Block], reference: str) -> list[dict[str, Any]]:
         pairs = [(block, of_reference[mode, block.round]) for block in own if (mode, block.round) in of_reference]
         row: dict[str, Any] = {"mode": mode, "candidate": name, "rounds": len(own)}
         for kind, rate in (("images_per_second", images_per_second), ("images_per_cpu_second", images_per_cpu_second)):
-            row[kind] = _spread([rate(block) for block in own])
-            row[f"ratio_of_{kind}"] = _spread([rate(block) / rate(other) for block, other in pairs]) if pairs else None
+            row[kind] = spread([rate(block) for block in own])
+            row[f"ratio_of_{kind}"] = spread([rate(block) / rate(other) for block, other in pairs]) if pairs else None
         summary.append(row)
     return summary
 
@@ -54,7 +54,8 @@ def images_per_cpu_second(block: Block) -> float:
     return block.num_images / max(block.cpu_seconds, 1e-9)
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, min and max."""
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 

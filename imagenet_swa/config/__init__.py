@@ -9,22 +9,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imagenet_swa.config.data import DataConfig
-from imagenet_swa.config.errors import InputError, TrainingError, require
+from imagenet_swa.config.errors import InputError, LostOthersError, StopRequested, TrainingError, require
 from imagenet_swa.config.network import Interpolation, ModelConfig, Preprocessing, PreprocessingConfig
+from imagenet_swa.config.safety import CheckpointConfig, ProcessesConfig
 from imagenet_swa.config.training import BatchNormConfig, EvaluationConfig, OptimizerConfig, SpeedConfig, SwaConfig
 
 __all__ = [
     "BatchNormConfig",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "EvaluationConfig",
     "InputError",
     "Interpolation",
+    "LostOthersError",
     "ModelConfig",
     "OptimizerConfig",
     "Preprocessing",
     "PreprocessingConfig",
+    "ProcessesConfig",
     "SpeedConfig",
+    "StopRequested",
     "SwaConfig",
     "TrainingError",
     "flatten",
@@ -45,8 +50,11 @@ class Config:
     """Images per optimizer step over all processes, whatever their number."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on from the newest valid checkpoint in `output`; never refuses a folder that holds a run."""
-    checkpoints_to_keep: int = 2
-    """Number of newest checkpoints that stay on disk."""
+    allow_changed: tuple[str, ...] = ()
+    """Names of settings, or `training images`, that may differ from what the checkpoint in `output` was made with; any other
+    difference ends the program before it starts."""
+    max_minutes: float | None = None
+    """Time limit: after so many minutes the run saves a checkpoint and ends with exit code 85; the same command goes on."""
     log_every: int = 50
     """Optimizer steps between two lines of metrics.jsonl."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
@@ -59,19 +67,22 @@ class Config:
     batchnorm: BatchNormConfig = field(default_factory=BatchNormConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"seed must be in 0 .. 2^63 - 1, got {self.seed}")
         require(self.global_batch_size >= 1, f"global_batch_size must be at least 1, got {self.global_batch_size}")
         require(self.log_every >= 1, f"log_every must be at least 1 step, got {self.log_every}")
-        require(self.checkpoints_to_keep >= 1, f"checkpoints_to_keep must be at least 1, got {self.checkpoints_to_keep}")
+        limit = self.max_minutes
+        require(limit is None or limit > 0, f"max_minutes must be above 0, got {limit}")
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that decide weights and results, flattened to `section.field`: a resumed run must agree in them."""
         flat = flatten(to_plain(self))
-        free = ("output", "resume", "checkpoints_to_keep", "log_every", "trackers", "evaluation.captures")
+        free = ("output", "resume", "allow_changed", "max_minutes", "checkpoint.", "processes.", "log_every", "trackers")
         free += ("data.num_workers", "data.prefetch", "data.on_bad_image", "data.max_bad_images", "data.resize")
-        free += ("swa.report_epochs", "swa.include_pretrained")
+        free += ("evaluation.captures", "swa.report_epochs", "swa.include_pretrained")
         # The fingerprints of the images stand for where they lie.
         free += ("data.train", "data.val", "data.index", "data.quarantine", "data.decode")
         return {key: value for key, value in flat.items() if not key.startswith(free)}

@@ -16,7 +16,8 @@ class DataConfig:
     them or a pattern such as `/data/train-{0000..1023}.tar`, also `s3://bucket/train-*.tar`; with `train_list`, the folder or
     `s3://bucket/prefix` that its paths start from."""
     train_list: str | None = None
-    """Text file (or `s3://` object) with a line `path label` per training image."""
+    """Text file (or `s3://` object) with a line `path label` per training image; paths lie below `train`, by `..` or from `/` too
+    (with `train` set to `/` any path does)."""
     val: str | None = None
     """Validation images, named like `train`."""
     val_list: str | None = None

@@ -11,6 +11,14 @@ class TrainingError(RuntimeError):
     """Training cannot go on. The message is one line for people."""
 
 
+class StopRequested(Exception):
+    """The run was asked to stop and has saved what it needs to go on. The message is one line for people."""
+
+
+class LostOthersError(RuntimeError):
+    """This process cannot go on because another one failed. The message is one line for people."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `InputError(message)` unless the condition holds."""
     if not condition:
