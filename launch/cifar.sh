@@ -10,10 +10,12 @@
 #   --output DIR   holds sgd-SEED and swa-SEED (default: runs/cifar/RECIPE)
 #
 # Further settings, as --section.setting VALUE, go to all runs. The same command goes on where an earlier one stopped: what is
-# finished is not run again. NUM_PROCESSES sets the number of processes, by default the number of GPUs, or 1.
+# finished is not run again. A signal or Ctrl-C stops it (exit code 85). NUM_PROCESSES sets the number of processes, by default the number of GPUs, or 1.
 set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 configs=$launch/../configs/cifar
+# shellcheck source=launch/stoppable.sh
+source "$launch/stoppable.sh"
 
 fail() {
     echo "cifar.sh: $1" >&2
@@ -68,10 +70,10 @@ runs=()
 for ((seed = 0; seed < seeds; seed++)); do
     sgd=$output/sgd-$seed swa=$output/swa-$seed
     echo "== $recipe, seed $seed: SGD =="
-    bash "$launch/single_node.sh" "${processes[@]}" "$configs/$recipe-sgd.yaml" \
+    stoppable bash "$launch/single_node.sh" "${processes[@]}" "$configs/$recipe-sgd.yaml" \
         --seed "$seed" --output "$sgd" "${settings[@]}"
     echo "== $recipe, seed $seed: SWA from $sgd/$capture =="
-    bash "$launch/single_node.sh" "${processes[@]}" "$configs/$recipe-swa.yaml" \
+    stoppable bash "$launch/single_node.sh" "${processes[@]}" "$configs/$recipe-swa.yaml" \
         --model.weights "$sgd/$capture" --seed "$seed" --output "$swa" "${settings[@]}"
     runs+=("$sgd" "$swa")
 done

@@ -18,6 +18,7 @@ if [ $# -gt 0 ]; then
 fi
 
 source launch/setup.sh
+source launch/stoppable.sh
 setup demo
 export PATH="$project/.venv/bin:$PATH"
 backend=dali
@@ -29,10 +30,10 @@ for ((seed = 0; seed < seeds; seed++)); do
     pretrained=runs/demo/pretrained-$seed run=runs/demo/swa-$seed
     rm -rf "$pretrained" "$run"
     echo "== seed $seed: five epochs from random weights, to have a pretrained network =="
-    bash launch/single_node.sh --num_processes "${NUM_PROCESSES:-1}" configs/demo-pretraining.yaml \
+    stoppable bash launch/single_node.sh --num_processes "${NUM_PROCESSES:-1}" configs/demo-pretraining.yaml \
         --output "$pretrained" --seed "$seed" --data.backend "$backend" >/dev/null
     echo "== seed $seed: ten cycles of SWA fine-tuning =="
-    bash launch/single_node.sh --num_processes "${NUM_PROCESSES:-1}" configs/demo.yaml \
+    stoppable bash launch/single_node.sh --num_processes "${NUM_PROCESSES:-1}" configs/demo.yaml \
         --model.weights "$pretrained/captures/epoch-05.safetensors" \
         --output "$run" --seed "$seed" --data.backend "$backend"
     runs+=("$run")

@@ -5,10 +5,8 @@
 #   bash launch/study.sh configs/study/fig6.yaml --data.train /data/cifar100/train --data.val /data/cifar100/val
 #
 # Settings after the grid go to every run. The same command goes on where it was stopped and leaves
-# alone what is finished. A run that fails stops none of the others.
+# alone what is finished. A run that fails stops none of the others; a signal or Ctrl-C stops all (exit code 85).
 set -euo pipefail
-trap 'exit 130' INT   # after the run that it interrupts: the others are not wanted either
-trap 'exit 143' TERM
 
 fail() {
     echo "study.sh: $1" >&2
@@ -31,6 +29,8 @@ for word in "$@"; do
 done
 command -v imagenet-swa >/dev/null || fail "no imagenet-swa on the PATH; activate the environment that has it"
 launch=$(dirname "${BASH_SOURCE[0]}")
+# shellcheck source=launch/stoppable.sh
+source "$launch/stoppable.sh"
 
 unfinished=$(imagenet-swa study "$grid" --unfinished)  # checks all runs' settings before the first starts
 count=$(wc -w <<<"$unfinished")
@@ -42,8 +42,10 @@ for number in $unfinished; do
     mapfile -t arguments <<<"$lines"
     echo "== $position of $count: ${arguments[*]} =="
     code=0
-    bash "$launch/single_node.sh" "${processes[@]}" "${arguments[@]}" "$@" || code=$?
-    if [ "$code" -ne 0 ]; then
+    stoppable bash "$launch/single_node.sh" "${processes[@]}" "${arguments[@]}" "$@" || code=$?
+    if [ "$code" -eq 85 ] || [ "$code" -eq 130 ]; then
+        exit "$code" # stopped as asked: the others are not wanted either
+    elif [ "$code" -ne 0 ]; then
         failed+=("${arguments[1]#--output=} (exit code $code)")
     fi
 done

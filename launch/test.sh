@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up and runs the tests, with ruff and pyright first. Arguments go to pytest: bash launch/test.sh -m "not slow" -k evaluate
+# Sets up and runs the tests, with ruff and pyright first. Arguments go to pytest: bash launch/test.sh -k evaluate, or -m slow for the long ones
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$project"

@@ -18,42 +18,48 @@ MAX_LINES = 350
 # From low to high. A module imports from lower layers only, never from its own.
 LAYERS = [
     ["config.errors"],
-    ["config.network", "config.data", "config.training"],
+    ["config.network", "config.data", "config.training", "config.safety"],
     ["config.__init__"],
     [
-        *("__init__", "arguments", "files", "schedule", "vgg"),
+        *("__init__", "files", "plain", "status", "schedule", "vgg", "lock"),
         *("analysis.__init__", "analysis.significance", "analysis.widths"),
         *("data.__init__", "data.imagenet", "data.cifar", "data.native.__init__"),
-        *("data.sampling", "data.buffers", "data.streams"),
+        *("data.sampling", "data.buffers", "data.streams", "selftest.whole"),
     ],
     [
-        *("libraries", "optim", "runtime", "bench.alternatives", "report.paper", "report.runs"),
+        *("libraries", "optim", "sameness", "stop", "watch", "outbox", "weight_files", "arguments"),
+        *("bench.alternatives", "report.paper", "report.runs"),
         *("data.storage", "data.resize", "data.restart", "data.findings", "data.workers"),
+        *("selftest.__init__", "selftest.tally"),
     ],
     [
-        *("models", "report.groups", "report.plots", "report.tables"),
-        *("analysis.landscape_plots", "analysis.average_plots"),
+        *("runtime", "models", "report.groups", "report.plots", "report.tables"),
+        *("analysis.landscape_plots", "analysis.average_plots", "selftest.blows"),
+        *("data.tars", "data.lists"),
     ],
     [
-        *("averaging", "batchnorm", "records", "report.document", "analysis.vectors"),
+        *("agreement", "averaging", "batchnorm", "ending", "plan", "records", "rehearsal", "report.document", "analysis.vectors"),
         *("data.index", "data.prepare.labels"),
     ],
     ["checkpoint", "report.findings", "report.gains", "report.summary_tables", "data.batch", "data.encoded", "data.shards"],
     [
-        *("evaluate", "engine", "report.single", "report.summary", "analysis.captures"),
+        *("evaluate", "stepper", "report.single", "report.summary", "analysis.captures"),
         *("data.prepare.copies", "data.crops", "data.synthetic", "data.sources"),
     ],
     [
-        *("report.__init__", "analysis.soups"),
+        *("engine", "results", "report.__init__", "analysis.soups"),
         *("data.dali_pipeline", "data.torch_loader", "data.examine", "data.index_cache", "data.prepare.parquet"),
     ],
     ["data.dali", "data.prepare.cifar", "bench.results", "study"],
     ["data.loaders", "data.verify", "data.prepare.archives", "bench.measure"],
     ["session", "bench.__init__", "data.prepare.units"],
-    ["run", "doctor", "analysis.answers", "analysis.points", "data.prepare.journal", "data.prepare.report"],
-    ["finetune", "analysis.averages", "analysis.ensemble", "analysis.landscape", "data.prepare.__init__"],
+    ["state", "doctor", "analysis.answers", "analysis.points", "data.prepare.journal", "data.prepare.report"],
+    ["run", "bench.trainee", "analysis.averages", "analysis.ensemble", "analysis.landscape", "data.prepare.__init__"],
+    ["finetune", "bench.saving", "bench.agreeing", "selftest.compare", "selftest.small_run", "selftest.ranks"],
+    ["bench.safety_results", "selftest.campaign"],
+    ["bench.safety"],
     ["cli"],
-    ["train", "__main__"],
+    ["train", "__main__", "selftest.mother"],
 ]
 LAYER_OF = {module: number for number, layer in enumerate(LAYERS) for module in layer}
 WITHOUT_TORCH = [
@@ -128,7 +134,7 @@ def test_imports_go_to_lower_layers_only(module: str):
 def test_the_reading_of_imports_sees_what_is_there():
     """The checks above rest on finding imports: those of some modules as a reader sees them."""
     files = module_files()
-    assert imported_modules(files["data.index"]) == {"config.__init__", "files", "data.imagenet", "data.storage"}
+    assert imported_modules(files["data.index"]) == {"config.__init__", "files", "plain", "data.imagenet", "data.storage"}
     assert imported_modules(files["averaging"]) == {"models"}
     assert "data.native.__init__" in imported_modules(files["data.resize"])
     assert imported_modules(files["cli"]) >= {"__init__", "config.__init__", "finetune", "report.__init__", "doctor"}
@@ -169,7 +175,7 @@ def test_packages_import_nothing():
         ("nvidia", {"data.dali", "data.dali_pipeline", "doctor", "bench.alternatives"}),
         ("jsonargparse", {"arguments"}),
         ("accelerate", {"runtime"}),
-        ("timm", {"libraries", "models", "run"}),
+        ("timm", {"libraries", "models", "state"}),
         ("matplotlib", {"report.plots", "analysis.average_plots", "analysis.landscape_plots", "bench.results"}),
         (
             "PIL",
@@ -180,6 +186,7 @@ def test_packages_import_nothing():
                 "data.prepare.__init__",
                 "data.prepare.copies",
                 "data.prepare.cifar",
+                "selftest.small_run",
             },
         ),
         ("ctypes", {"data.native.__init__", "data.resize", "data.restart", "data.buffers"}),

@@ -18,11 +18,13 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from conftest import run, run_ranks
+from cuts import cut_at_epoch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from imagenet_swa.agreement import Wishes
 from imagenet_swa.arguments import parse_config
 from imagenet_swa.checkpoint import what_is_wrong
 from imagenet_swa.cli import main
@@ -33,11 +35,11 @@ from imagenet_swa.data.index import load_index
 from imagenet_swa.data.sampling import Indices, epoch_order, training_batches
 from imagenet_swa.data.sources import Source, scan
 from imagenet_swa.data.synthetic import synthetic_index
-from imagenet_swa.engine import make_plan, train_one_epoch
+from imagenet_swa.engine import Progress, train_one_epoch
 from imagenet_swa.finetune import finetune
 from imagenet_swa.optim import make_sgd
+from imagenet_swa.plan import make_plan
 from imagenet_swa.records import Records
-from imagenet_swa.run import Run
 from imagenet_swa.runtime import start_runtime
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -90,22 +92,33 @@ def settings(*, label_smoothing: float = 0.0, part: int = 64, max_bad: int = 100
     )
 
 
+class Nobody:
+    """Wants nothing and hears nothing."""
+
+    def wishes(self) -> Wishes:
+        return Wishes()
+
+    def at_minimum(self, step: int) -> None: ...
+
+    def heed(self, verdicts: object) -> None: ...
+
+
 def train_epoch(folder: Path, config: Config, bad: Iterable[int], *, batchnorm: bool = False) -> Weights:
     """One epoch of the package's training; metrics.jsonl goes to the folder."""
     folder.mkdir(exist_ok=True)
     runtime = start_runtime(config)
     net = network(batchnorm=batchnorm)
-    prepared, optimizer = runtime.accelerator.prepare(net, make_sgd(net, config.optimizer, fused=False))
+    prepared, optimizer = runtime.accelerator.prepare(net, make_sgd(net, config.optimizer, fused=config.speed.fused_optimizer))
     train_one_epoch(
         prepared,
         optimizer,
         LoaderWithHoles(bad),
         plan=make_plan(config, num_images=NUM_IMAGES, world_size=runtime.world_size),
-        epoch=0,
+        progress=Progress(),
         config=config,
         runtime=runtime,
         records=Records(folder, runtime),
-        at_minimum=lambda _step: None,
+        attendant=Nobody(),
     )
     return {name: tensor.clone() for name, tensor in net.state_dict().items()}
 
@@ -625,7 +638,7 @@ def test_a_run_that_stopped_goes_on_leaving_out(tmp_path: Path, late: Images, ba
     (line,) = stopped.errors
     assert message in line and str(late.root) in line and "imagenet-swa verify" in line
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert checkpoint.name == "epoch-01" and what_is_wrong(checkpoint) is None
+    assert checkpoint.name == "step-0000002" and what_is_wrong(checkpoint) is None
     resumed = train(tmp_path / "run", *flags, SKIP, "--data.max_bad_images=3")
     assert resumed.code == 0, resumed.err
     assert "resuming after epoch 1" in resumed.err
@@ -643,7 +656,7 @@ def test_beyond_the_limit_all_processes_end(tmp_path: Path, late: Images):
     assert "3 images of this pass cannot be decoded, data.max_bad_images is 2" in line and "imagenet-swa verify" in line
     assert [len(outcome.named) for outcome in outcomes] == [2, 1]
     (checkpoint,) = (tmp_path / "ranks" / "run" / "checkpoints").iterdir()
-    assert checkpoint.name == "epoch-01" and what_is_wrong(checkpoint) is None
+    assert checkpoint.name == "step-0000002" and what_is_wrong(checkpoint) is None
     resumed = train(tmp_path / "ranks" / "run", *flags, "--data.max_bad_images=3")
     assert resumed.code == 0 and "resuming after epoch 1" in resumed.err and "saved with 2 processes" in resumed.err
 
@@ -676,26 +689,14 @@ def test_a_process_without_any_good_image_ends_the_run(tmp_path: Path, image_fol
 # --------------------------------------------------------------------------------------------------------------- resume
 
 
-class PowerCut(Exception):
-    """The machine goes down."""
-
-
 def interrupted(folder: Path, epoch: int, method: str, *flags: str) -> None:
-    """A run whose power is cut when `method` of Run is called with this many finished epochs."""
-    original: Callable[..., Any] = getattr(Run, method)
-
-    def cut(self: Run, *arguments: Any) -> Any:
-        if self.epoch == epoch:
-            raise PowerCut
-        return original(self, *arguments)
-
+    """A run whose power is cut when it comes there with this many finished epochs."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.MonkeyPatch.context() as monkeypatch, redirect_stderr(io.StringIO()), pytest.raises(PowerCut):
-        monkeypatch.setattr(Run, method, cut)
+    with redirect_stderr(io.StringIO()), cut_at_epoch(epoch, method):
         finetune(parse_config([*QUICK, *flags, f"--output={folder}"], "imagenet-swa train", ""))
 
 
-@pytest.mark.parametrize(("epoch", "method"), [(1, "train_one_epoch"), (2, "_recompute_batchnorm"), (2, "_comment_on_results")])
+@pytest.mark.parametrize(("epoch", "method"), [(1, "train_one_epoch"), (2, "_recompute_batchnorm"), (2, "results.add")])
 def test_a_resumed_run_leaves_out_the_same(tmp_path: Path, skipped: Outcome, damaged: Images, epoch: int, method: str):
     """Wherever a run with bad images is cut, the same command ends with the bits of the run that was not."""
     backend = next(name for name in BACKENDS if f"backend: {name}" in (skipped.folder / "config.yaml").read_text())
@@ -759,7 +760,7 @@ def test_changed_images_are_refused(halted: Halted, change: str, split: str, wor
     (line,) = outcome.errors
     assert "the checkpoint belongs to another run" in line and words in line
     assert ("training images" in line) != ("validation images" in line)
-    assert "restore the old settings, or choose another output" in line
+    assert "restore the old settings, choose another output" in line
 
 
 def test_a_quarantine_list_that_changes_the_images_is_refused(halted: Halted, tmp_path: Path):

@@ -18,6 +18,7 @@ from imagenet_swa import config as config_module
 from imagenet_swa.arguments import parse_config, parser_for_config
 from imagenet_swa.config import (
     BatchNormConfig,
+    CheckpointConfig,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -25,6 +26,7 @@ from imagenet_swa.config import (
     ModelConfig,
     OptimizerConfig,
     PreprocessingConfig,
+    ProcessesConfig,
     SpeedConfig,
     SwaConfig,
     flatten,
@@ -73,7 +75,13 @@ REFUSED = {
     "--seed=9223372036854775808": "got 9223372036854775808",
     "--global_batch_size=0": "got 0",
     "--log_every=0": "got 0",
-    "--checkpoints_to_keep=0": "got 0",
+    "--max_minutes=0": "got 0",
+    "--checkpoint.every_minutes=-1": "got -1",
+    "--checkpoint.every_minutes=.inf": "got inf",
+    "--checkpoint.keep=0": "got 0",
+    "--checkpoint.max_failures=0": "got 0",
+    "--processes.silence_seconds=0.5": "got 0.5",
+    "--processes.collective_minutes=0": "got 0",
     "--model.num_classes=0": "got 0",
     "--model.name=": "is empty",
     "--preprocessing.crop_area=[0,1]": "got 0.0, 1.0",
@@ -135,7 +143,12 @@ ACCEPTED = [
     "--seed=9223372036854775807",
     "--global_batch_size=1",
     "--log_every=1",
-    "--checkpoints_to_keep=1",
+    "--max_minutes=0.001",
+    "--checkpoint.every_minutes=0",
+    "--checkpoint.every_minutes=null",
+    "--checkpoint.keep=1",
+    "--checkpoint.max_failures=1",
+    "--processes.silence_seconds=1",
     "--model.num_classes=1",
     "--preprocessing.crop_area=[1,1]",
     "--preprocessing.crop_aspect=[1,1]",
@@ -234,7 +247,7 @@ def test_types_of_values(tmp_path: Path):
         trackers: [wandb, mlflow]
         model: {weights: weights.pth, kwargs: {drop_rate: 0.2, block: {sizes: [1, 2]}}}
         preprocessing: {mean: [0, 0.5, 1], interpolation: bicubic}
-        swa: {lr_max: 1e-2, lr_min: 1, lr_max: 1, report_epochs: [10]}
+        swa: {lr_max: 1, lr_min: 1, report_epochs: [10]}
         speed: {tf32: off}
         """,
     )
@@ -410,7 +423,16 @@ CONFIGS = st.builds(
     seed=st.integers(0, 2**63 - 1),
     global_batch_size=st.integers(1, 10_000),
     resume=st.sampled_from(["auto", "never"]),
-    checkpoints_to_keep=st.integers(1, 100),
+    allow_changed=st.lists(st.sampled_from(["swa.lr_max", "training images"]), max_size=2).map(tuple),
+    max_minutes=st.none() | st.floats(1e-3, 1e6),
+    checkpoint=st.builds(
+        CheckpointConfig,
+        every_minutes=st.none() | st.floats(0, 1e6),
+        keep=st.integers(1, 100),
+        in_background=st.booleans(),
+        max_failures=st.integers(1, 100),
+    ),
+    processes=st.builds(ProcessesConfig, silence_seconds=st.floats(1, 1e6), collective_minutes=st.floats(0.1, 1e6)),
     log_every=st.integers(1, 100),
     trackers=st.lists(st.sampled_from(["tensorboard", "wandb", "mlflow"]), max_size=3).map(tuple),
     model=st.builds(
@@ -511,7 +533,8 @@ OTHER_VALUES = {
     "seed": "1",
     "global_batch_size": "8",
     "resume": "never",
-    "checkpoints_to_keep": "3",
+    "allow_changed": "[seed]",
+    "max_minutes": "90",
     "log_every": "1",
     "trackers": "[wandb]",
     "model.library": "torchvision",
@@ -575,16 +598,24 @@ OTHER_VALUES = {
     "speed.compile": "true",
     "speed.fused_optimizer": "false",
     "speed.max_batch_size_per_device": "3",
+    "checkpoint.every_minutes": "5",
+    "checkpoint.keep": "3",
+    "checkpoint.in_background": "false",
+    "checkpoint.max_failures": "5",
+    "processes.silence_seconds": "30",
+    "processes.collective_minutes": "10",
 }
 # What else has to be set where these are.
 NEEDED = {"swa.budget_epochs": ["--swa.schedule=cosine"], "swa.cosine_start_epoch": ["--swa.schedule=cosine"]}
 # What may change between the two halves of a run without changing its training, and where the images are: what they are is
 # for their fingerprints to say.
 FREE_TO_CHANGE = {
-    *("output", "resume", "checkpoints_to_keep", "log_every", "trackers", "data.num_workers", "data.prefetch"),
+    *("output", "resume", "allow_changed", "max_minutes", "log_every", "trackers", "data.num_workers", "data.prefetch"),
     *("data.train", "data.train_list", "data.val", "data.val_list", "data.index", "data.quarantine", "data.decode"),
     *("data.on_bad_image", "data.max_bad_images", "data.resize"),
     *("swa.include_pretrained", "swa.report_epochs", "evaluation.captures"),
+    *("checkpoint.every_minutes", "checkpoint.keep", "checkpoint.in_background", "checkpoint.max_failures"),
+    *("processes.silence_seconds", "processes.collective_minutes"),
 }
 
 

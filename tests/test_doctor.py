@@ -12,7 +12,7 @@ import torch
 from conftest import QUICK_RUN
 from torch import nn
 
-from imagenet_swa import models, session
+from imagenet_swa import models, results
 from imagenet_swa.cli import main
 from imagenet_swa.config import ModelConfig
 from imagenet_swa.data import imagenet
@@ -167,7 +167,7 @@ def test_disk_need_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     """The disk check asks for what a run really takes, a checkpoint being written included: not less, and not much more."""
     assert main(["train", *QUICK_RUN, f"--output={tmp_path / 'run'}"]) == 0
     weights = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
-    checkpoint = sum(path.stat().st_size for path in (tmp_path / "run/checkpoints/epoch-04").iterdir())
+    checkpoint = sum(path.stat().st_size for path in (tmp_path / "run/checkpoints/step-0000024").iterdir())
     for share, code in ((1.2, 0), (0.97, 1)):
         usage = DiskUsage(10**12, 0, int(share * (weights + checkpoint)))
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
@@ -186,7 +186,7 @@ def download(model: ModelConfig) -> nn.Module:
 def publish(monkeypatch: pytest.MonkeyPatch, top1: float) -> None:
     """Let the published figure of the quick run's network on its 40 images be this."""
     monkeypatch.setitem(imagenet.PUBLISHED_TOP1, ("timm", "test_efficientnet.r160_in1k"), top1)
-    monkeypatch.setattr(session, "NUM_VAL", 40)
+    monkeypatch.setattr(results, "NUM_VAL", 40)
 
 
 def test_baseline_against_the_published_figure(

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from imagenet_swa.agreement import Verdict, Wishes
 from imagenet_swa.config import Config, InputError, ModelConfig, SpeedConfig, SwaConfig, TrainingError
 from imagenet_swa.data.batch import Batch
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.sampling import Indices
 from imagenet_swa.data.synthetic import synthetic_index
-from imagenet_swa.engine import Plan, make_plan, train_one_epoch
+from imagenet_swa.engine import Progress, train_one_epoch
 from imagenet_swa.optim import make_sgd
+from imagenet_swa.plan import Plan, make_plan
 from imagenet_swa.records import Records
 from imagenet_swa.runtime import Runtime, start_runtime
 
@@ -71,29 +73,50 @@ def settings(*, log_every: int = 50, batch_size: int = 8, lr: float = 0.01, **mo
     )
 
 
+class Attendant:
+    """Takes down what it is told and asked; `interfere` is called with the number of finished steps in each step."""
+
+    def __init__(self, progress: Progress, interfere: Callable[[int], object] = lambda _: None) -> None:
+        self.progress, self.interfere = progress, interfere
+        self.minima: list[int] = []
+        self.heard: list[Verdict] = []
+        self.wished = Wishes()
+
+    def wishes(self) -> Wishes:
+        return self.wished
+
+    def at_minimum(self, step: int) -> None:
+        assert self.progress.step == step
+        self.minima.append(step)
+
+    def heed(self, verdicts: Sequence[Verdict]) -> None:
+        self.heard += verdicts
+        self.interfere(self.progress.step)
+
+
 def train(
     folder: Path,
     runtime: Runtime,
     config: Config,
     net: nn.Module,
     loader: Loader | None = None,
-    epoch: int = 0,
-    minima: list[int] | None = None,
-) -> None:
-    """One epoch; metrics.jsonl goes to the folder."""
-    plan = make_plan(config, num_images=NUM_IMAGES, world_size=1)
-    optimizer = make_sgd(net, config.optimizer, fused=False)
+    progress: Progress | None = None,
+    interfere: Callable[[int], object] = lambda _: None,
+) -> Attendant:
+    """To the end of the epoch in which `progress` is; metrics.jsonl goes to the folder."""
+    attendant = Attendant(progress or Progress(), interfere)
     train_one_epoch(
         net,
-        optimizer,
+        make_sgd(net, config.optimizer, fused=config.speed.fused_optimizer),
         loader or Loader(),
-        plan=plan,
-        epoch=epoch,
+        plan=make_plan(config, num_images=NUM_IMAGES, world_size=1),
+        progress=attendant.progress,
         config=config,
         runtime=runtime,
         records=Records(folder, runtime),
-        at_minimum=lambda step: None if minima is None else minima.append(step),
+        attendant=attendant,
     )
+    return attendant
 
 
 def lines_of(folder: Path) -> list[dict[str, float]]:
@@ -174,9 +197,7 @@ def test_epochs_that_end_in_a_capture(schedule: Any):
 def test_minima_within_an_epoch(tmp_path: Path, runtime: Runtime):
     """With cycles of four steps and six steps an epoch, the second epoch tells of the minima after steps 8 and 12."""
     config = replace(settings(), swa=SwaConfig(num_epochs=3, cycle_steps=4, lr_max=0.01, report_epochs=()))
-    minima: list[int] = []
-    train(tmp_path, runtime, config, network(), epoch=1, minima=minima)
-    assert minima == [8, 12]
+    assert train(tmp_path, runtime, config, network(), progress=Progress(6)).minima == [8, 12]
 
 
 def test_cycle_too_long_for_its_report():
@@ -201,7 +222,7 @@ def test_cosine_cycle_longer_than_its_annealing():
 @pytest.mark.parametrize(("log_every", "steps"), [(1, [7, 8, 9, 10, 11, 12]), (2, [8, 10, 12]), (5, [10, 12]), (100, [12])])
 def test_steps_that_are_logged(tmp_path: Path, runtime: Runtime, log_every: int, steps: list[int]):
     """Every log_every-th step counted over the run, and each epoch's last one, gets a line."""
-    train(tmp_path, runtime, settings(log_every=log_every), network(), epoch=1)
+    train(tmp_path, runtime, settings(log_every=log_every), network(), progress=Progress(6))
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == steps
     assert [line["epoch"] for line in lines] == pytest.approx([step / 6 for step in steps])
@@ -251,16 +272,16 @@ def test_modes_while_training(tmp_path: Path, runtime: Runtime, freeze: bool):
 
 @pytest.mark.parametrize("log_every", [1, 2, 100])
 def test_loss_that_is_not_finite(tmp_path: Path, runtime: Runtime, log_every: int):
-    """A loss that becomes NaN stops training with the steps in between and the way out; no line of metrics holds it."""
-    config = settings(log_every=log_every)
-    third_batch = make_plan(config, num_images=NUM_IMAGES, world_size=1).batches(0, 0)[2].ravel()
+    """A loss that becomes NaN stops training with step, image and the way out; no line of metrics holds it."""
+    config = settings(log_every=log_every, freeze_batchnorm=True)  # else BatchNorm spreads it over the batch
+    number = int(make_plan(config, num_images=NUM_IMAGES, world_size=1).batches(0, 0)[2].ravel()[3])
     with pytest.raises(TrainingError) as caught:
-        train(tmp_path, runtime, config, network(), Loader(poisoned=int(third_batch[3])))
-    first, last = {1: (2, 3), 2: (2, 4), 100: (0, 6)}[log_every]
+        train(tmp_path, runtime, config, network(), Loader(poisoned=number))
     message = str(caught.value)
-    assert f"the loss became nan between steps {first} and {last}; nothing of it was averaged or saved" in message
+    assert f"the loss of step 3 is infinite or NaN for image {number} (synthetic-{number}); no update was made, " in message
+    assert "nothing of it was averaged or saved" in message
     assert "lower swa.lr_max" in message and "another output" in message and "\n" not in message
-    assert [line["step"] for line in lines_of(tmp_path)] == list(range(log_every, first + 1, log_every))
+    assert [line["step"] for line in lines_of(tmp_path)] == [step for step in (1, 2) if step % log_every == 0]
 
 
 def test_weights_that_are_not_finite(tmp_path: Path, runtime: Runtime):

@@ -564,7 +564,6 @@ def test_bf16_evaluation(tmp_path: Path, start: dict[int, Path]):
     assert before == pytest.approx(after, rel=0.02)
 
 
-@pytest.mark.slow
 def test_compiled_training(tmp_path: Path, start: dict[int, Path]):
     """torch.compile changes the weights by rounding only, and none of their names."""
     flags = (*ONE_EPOCH, *GENTLE, f"--model.weights={start[10]}")

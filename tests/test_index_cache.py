@@ -390,7 +390,6 @@ def test_any_bytes_are_a_quarantine_list_or_refused(tmp_path_factory: pytest.Tem
 # ------------------------------------------------------------------------------------------------------------ all of it
 
 
-@pytest.mark.slow
 def test_an_index_as_large_as_imagenet(tmp_path: Path):
     """1,281,167 names are saved, loaded and shuffled as they are, and take no more than a few hundred MB."""
     num_images = 1_281_167

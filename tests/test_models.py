@@ -20,7 +20,6 @@ from imagenet_swa.cli import main
 from imagenet_swa.config import InputError, ModelConfig, Preprocessing, PreprocessingConfig
 from imagenet_swa.models import (
     batchnorm_layers,
-    canonical_name,
     check_forward,
     create_network,
     load_pretrained,
@@ -28,6 +27,7 @@ from imagenet_swa.models import (
     mode_of,
     resolve_preprocessing,
 )
+from imagenet_swa.weight_files import canonical_name
 
 # The networks of the paper: timm's name, torchvision's name, millions of parameters, BatchNorm layers.
 PAPER_NETWORKS = [

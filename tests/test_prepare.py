@@ -1022,7 +1022,7 @@ def remote_output(t: Path) -> dict[str, Any]:
         _case(onto_itself, "is to be written; choose another output"),
         _case(below_a_file, "cannot write .*not a directory; choose another output"),
         _case(list_with_gif, r"1\.gif'.*ends with one of"),
-        _case(list_leaves_folder, r"'\.\./b\.jpg': wanted a path below"),
+        _case(list_leaves_folder, r"list\S* names '\.\./b\.jpg', not below .*; set source to a folder"),
         _case(list_twice, r"lists an image twice: a/1\.jpg"),
         _case(list_label, r"1000' is not in 0\.\.999 \(num_classes\)"),
         _case(useless_labels, "leave labels out"),

@@ -44,6 +44,8 @@ def understood_by_cli(words: list[str]) -> bool:
         patch.setattr("imagenet_swa.data.prepare.prepare", instead("prepare", None))
         nothing = {"summary": [], "absent": [], "interrupted": False}
         patch.setattr("imagenet_swa.bench.bench_loader", instead("bench", nothing))
+        patch.setattr("imagenet_swa.bench.safety.bench_safety", instead("bench", nothing))
+        patch.setattr("imagenet_swa.selftest.campaign.faults", instead("selftest", 0))
         imported = SimpleNamespace(num_images={}, flags=())
         patch.setattr("imagenet_swa.data.prepare.cifar.import_dataset", instead("import", imported))
         patch.setattr("imagenet_swa.report.plot_schedule", instead("schedule", None))
@@ -79,7 +81,7 @@ def check(words: list[str]) -> None:
         parse_config([str(PROJECT / w) if w.startswith("configs/") else w for w in flags], "", "")
     elif words[0] == "imagenet-swa":
         assert words[1] in COMMANDS
-        if words[1] in ("verify", "prepare", "bench", "import", "schedule", "averages", "ensemble", "landscape"):
+        if words[1] in ("verify", "prepare", "bench", "import", "schedule", "averages", "ensemble", "landscape", "selftest"):
             assert understood_by_cli(words[1:])
         elif words[1] == "study":
             assert load_grid(PROJECT / words[2]).runs
@@ -134,7 +136,13 @@ def test_the_file_tree_is_the_real_one():
             listed |= {f"{folder}/{name}.py" for name in re.findall(r"\w+", re.sub(r"\(.*?\)", "", match.group(3)))}
     package = PROJECT / "imagenet_swa"
     real = {str(path.relative_to(package)) for path in package.rglob("*.py")}
-    with_init = {"bench/__init__.py", "config/__init__.py", "data/prepare/__init__.py", "report/__init__.py"}
+    with_init = {
+        "bench/__init__.py",
+        "selftest/__init__.py",
+        "config/__init__.py",
+        "data/prepare/__init__.py",
+        "report/__init__.py",
+    }
     assert listed == {n for n in real if Path(n).name not in ("__init__.py", "__main__.py") or n in with_init}
 
 

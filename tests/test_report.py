@@ -589,7 +589,7 @@ def test_a_diverged_run_is_json(tmp_path: Path):
 
 def test_markdown_is_read_back(tmp_path: Path):
     """What is written as Markdown is read as the same headings, tables, lists, pictures and texts."""
-    (tmp_path / "a.png").write_bytes(b"png")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     rows = Rows(("a", "b|c"), [("1", "x|y"), ("<2", "z")])
     blocks: list[Block] = [Paragraph("Some **text**."), rows, Bullets(["one", "two"]), Picture(tmp_path / "a.png", "a picture")]
     (tmp_path / "a.md").write_text(markdown(blocks, tmp_path))

@@ -2,35 +2,35 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import PROJECT, QUICK_RUN
+from cuts import PLACES, PowerCut, cut_at_epoch, cut_at_step
 from PIL import Image
 from safetensors.torch import load_file
 
-from imagenet_swa import run as run_module
 from imagenet_swa import session as session_module
+from imagenet_swa import state as state_module
 from imagenet_swa.arguments import parse_config
+from imagenet_swa.checkpoint import Checkpoints
 from imagenet_swa.config import InputError
 from imagenet_swa.finetune import finetune
 from imagenet_swa.run import Run
+from imagenet_swa.stepper import Stepper
 
 DROPOUT = ("--model.kwargs.drop_rate=0.3", "--model.kwargs.drop_path_rate=0.1")
-
-
-class PowerCut(Exception):
-    """The machine goes down."""
 
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -48,24 +48,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
-def at_epoch(epoch: int, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut the power when `method` of Run is called with this many finished epochs."""
-    original: Callable[..., Any] = getattr(Run, method)
-
-    def cut(self: Run, *arguments: Any) -> Any:
-        if self.epoch == epoch:
-            raise PowerCut
-        return original(self, *arguments)
-
-    monkeypatch.setattr(Run, method, cut)
-
-
 def interrupted(output: Path, epoch: int, method: str, *flags: str) -> Path:
     """A run folder as the power cut left it."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        at_epoch(epoch, method, monkeypatch)
-        with pytest.raises(PowerCut):
-            train(output, *flags)
+    with cut_at_epoch(epoch, method):
+        train(output, *flags)
     return output
 
 
@@ -75,25 +61,30 @@ def saved_by_epoch_2(tmp_path: Path, *flags: str) -> Path:
 
 
 def assert_same_results(run: Path, wanted: Path) -> None:
-    """Every weight, prediction, result and train line is the same, to the last bit."""
-    kinds = ("captures/*.safetensors", "averages/*.safetensors", "swa.safetensors")
+    """Each capture, average, prediction, result and line of metrics is the same, byte for byte, and so is the last checkpoint."""
+    kinds = ("captures/*", "averages/*", "predictions/*", "*.safetensors", "results.json")
     names = {str(path.relative_to(wanted)) for kind in kinds for path in wanted.glob(kind)}
     assert names == {str(path.relative_to(run)) for kind in kinds for path in run.glob(kind)}
     for name in names:
-        one, other = load_file(run / name), load_file(wanted / name)
-        assert one.keys() == other.keys()
-        for key in one:
-            assert torch.equal(one[key], other[key]), f"{key} in {name}"
-    for path in wanted.glob("predictions/*"):
-        assert pq.read_table(run / "predictions" / path.name) == pq.read_table(path), path.name
-    assert json.loads((run / "results.json").read_text()) == json.loads((wanted / "results.json").read_text())
-    assert train_lines(run) == train_lines(wanted)
+        assert (run / name).read_bytes() == (wanted / name).read_bytes(), name
+    assert metrics_of(run) == metrics_of(wanted)
+    one, other = (max((folder / "checkpoints").iterdir()) for folder in (run, wanted))
+    assert one.name == other.name
+    assert {path.name: path.read_bytes() for path in one.iterdir()} == {path.name: path.read_bytes() for path in other.iterdir()}
+
+
+OF_THE_MACHINE = ("images_per_second", "data_wait", "memory_mib", "seconds")
+
+
+def metrics_of(run: Path) -> list[str]:
+    """The lines of metrics.jsonl without what depends on the machine's load; evaluations, which may come a little later, last."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines.sort(key=lambda line: line["kind"] == "evaluation")
+    return [json.dumps({key: line[key] for key in line if key not in OF_THE_MACHINE}) for line in lines]
 
 
 def train_lines(run: Path) -> list[dict[str, float]]:
-    """The train lines of metrics.jsonl without what depends on the machine's load."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: line[key] for key in ("step", "epoch", "lr", "loss")} for line in lines if line["kind"] == "train"]
+    return [line for line in map(json.loads, metrics_of(run)) if line["kind"] == "train"]
 
 
 def trained_steps(run: Path) -> list[float]:
@@ -115,9 +106,9 @@ def log_of(run: Path) -> str:
         (1, "save_checkpoint"),
         (1, "evaluate_what_is_due"),
         (2, "_recompute_batchnorm"),
-        (2, "_comment_on_results"),
+        (2, "results.add"),
         (3, "train_one_epoch"),
-        (3, "_capture"),
+        (4, "at_minimum"),
         (4, "evaluate_what_is_due"),
         (4, "finish"),
     ],
@@ -150,16 +141,19 @@ def test_cut_twice(tmp_path: Path, uninterrupted: Path):
 
 def test_evaluation_cut_in_the_middle_is_repeated(tmp_path: Path, uninterrupted: Path):
     """A report epoch whose evaluation was cut has no results of it; the resumed run makes them, and trains nothing again."""
-    run = interrupted(tmp_path / "run", 2, "_comment_on_results")
+    run = interrupted(tmp_path / "run", 2, "results.add")
     assert {result["epoch"] for result in json.loads((run / "results.json").read_text())} == {0, 1}
     steps = trained_steps(run)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        at_epoch(2, "train_one_epoch", monkeypatch)  # evaluates what is due, then the power goes again
-        with pytest.raises(PowerCut):
-            train(run)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(Run, "train_one_epoch", go_down)
+        train(run)  # evaluates what is due, writes it, and is cut again
     assert trained_steps(run) == steps
     of_two_epochs = [result for result in json.loads((uninterrupted / "results.json").read_text()) if result["epoch"] <= 2]
     assert json.loads((run / "results.json").read_text()) == of_two_epochs
+
+
+def go_down(_run: Run) -> None:
+    raise PowerCut
 
 
 def test_evaluations_are_logged_once(tmp_path: Path, uninterrupted: Path):
@@ -169,7 +163,7 @@ def test_evaluations_are_logged_once(tmp_path: Path, uninterrupted: Path):
         lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         return [(line["step"], line["name"]) for line in lines if line["kind"] == "evaluation"]
 
-    run = interrupted(tmp_path / "run", 2, "_comment_on_results")
+    run = interrupted(tmp_path / "run", 2, "results.add")
     train(run)
     assert evaluations(run) == evaluations(uninterrupted)
 
@@ -177,30 +171,22 @@ def test_evaluations_are_logged_once(tmp_path: Path, uninterrupted: Path):
 def test_resumed_run_trains_only_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """After a checkpoint of epoch 2 of 4, two epochs are trained, the third and the fourth."""
     run = saved_by_epoch_2(tmp_path)
-    epochs: list[int] = []
-    original = run_module.train_one_epoch
-
-    def counted(*arguments: Any, epoch: int, **settings: Any) -> None:
-        epochs.append(epoch)
-        original(*arguments, epoch=epoch, **settings)
-
-    monkeypatch.setattr(run_module, "train_one_epoch", counted)
+    steps: list[int] = []
+    launch = Stepper.launch
+    monkeypatch.setattr(Stepper, "launch", lambda self, step, *rest: (steps.append(step), launch(self, step, *rest))[1])
     train(run)
-    assert epochs == [2, 3]
-    assert "resuming after epoch 2" in log_of(run)
+    assert steps == list(range(12, 24))
+    assert "resuming after epoch 2, step 12" in log_of(run)
 
 
 def test_momentum_is_resumed(tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch):
     """Momentum survives an interruption, and matters: a resume that forgets it ends elsewhere."""
     run = saved_by_epoch_2(tmp_path)
-    monkeypatch.setattr(run_module, "load_momentum_buffers", lambda *_: None)
+    monkeypatch.setattr(state_module, "load_momentum_buffers", lambda *_: None)
     train(run)
     with pytest.raises(AssertionError):
         assert_same_results(run, uninterrupted)
-    assert torch.equal(
-        load_file(run / "captures/epoch-02.safetensors")["conv_stem.weight"],
-        load_file(uninterrupted / "captures/epoch-02.safetensors")["conv_stem.weight"],
-    )
+    assert (run / "captures/epoch-02.safetensors").read_bytes() == (uninterrupted / "captures/epoch-02.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
@@ -233,7 +219,7 @@ def test_finished_run_started_again(tmp_path: Path, uninterrupted: Path, monkeyp
     shutil.copytree(uninterrupted, run)
     (run / "report.md").unlink()
     (run / "swa.safetensors").unlink()
-    monkeypatch.setattr(run_module, "train_one_epoch", None)
+    monkeypatch.setattr(Run, "train_one_epoch", None)
     monkeypatch.setattr(session_module, "recompute_statistics", None)
     train(run)
     assert_same_results(run, uninterrupted)
@@ -249,7 +235,7 @@ def test_a_killed_process_is_resumed(tmp_path: Path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        wait_for(run / "checkpoints" / "epoch-02", process)
+        wait_for(run / "checkpoints" / "step-0000060", process)
     finally:
         process.kill()
         process.wait()
@@ -259,6 +245,131 @@ def test_a_killed_process_is_resumed(tmp_path: Path):
     finetune(parse_config([*flags, f"--output={whole}"], "imagenet-swa train", ""))
     assert "resuming after epoch" in log_of(run)
     assert_same_results(run, whole)
+
+
+# ---------------------------------------------------------------------------------------------- cuts at random steps
+
+VARIANTS = {
+    "dropout": (),
+    "cycles in steps": ("--swa.cycle_steps=4", "--swa.report_epochs=[1]", "--log_every=5"),
+    "bf16": ("--speed.precision=bf16", "--speed.fused_optimizer=false", "--log_every=4"),
+    "from scratch": ("--swa.start_epoch=2", "--swa.report_epochs=[]", "--log_every=100"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cut_again_and_again(tmp_path: Path, variant: str):
+    """Cut several times at random steps, in the loader, at a capture, after a step, in the middle of a write, with checkpoints of
+    each step or of epochs only, a run ends as one that was never cut, byte for byte.
+    """
+    flags, draws = VARIANTS[variant], random.Random(variant)
+    whole, run = train(tmp_path / "whole", *flags), tmp_path / "run"
+    step = 0
+    for place in draws.sample(list(PLACES), len(PLACES)):
+        step += draws.randint(1, 6)
+        if place == "minimum":
+            step = min(step, 18)
+        every = draws.choice(["0", "0", "null"])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with cut_at_step(step, place):
+            train(run, *flags, f"--checkpoint.every_minutes={every}")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(run, *flags)
+    assert log_of(run).count("resuming after") >= 2
+    assert_same_results(run, whole)
+
+
+def test_a_checkpoint_within_an_epoch_is_gone_on_from(tmp_path: Path, uninterrupted: Path):
+    """With a checkpoint of each step, a run that is cut in step 10 goes on with step 10, between two lines of metrics."""
+    run = tmp_path / "run"
+    with cut_at_step(9, "loader"):
+        train(run, "--checkpoint.every_minutes=0", "--checkpoint.in_background=false")
+    train(run)
+    assert "resuming after epoch 1.5, step 9" in log_of(run)
+    assert_same_results(run, uninterrupted)
+
+
+def test_differences_allowed_by_name(tmp_path: Path):
+    """A setting that differs is allowed by its name with a warning, another one is not; epochs must have as many steps."""
+    run = saved_by_epoch_2(tmp_path)
+    with pytest.raises(InputError, match=r"swa.lr_max was 0.05, is 0.04; .*--allow_changed='\[swa.lr_max\]'"):
+        train(run, "--swa.lr_max=0.04", "--seed=1", "--allow_changed=[seed]")
+    flags = ("--data.synthetic_num_images=[120,40]", "--allow_changed=[data.synthetic_num_images,training images]")
+    with pytest.raises(InputError, match="the checkpoint's epochs have 6 steps, now they would have 7; choose another output"):
+        train(run, *flags)
+    train(run, "--swa.lr_max=0.04", "--allow_changed=[swa.lr_max]")
+    assert "warning: swa.lr_max was 0.05, is 0.04, as allowed; results are those of neither setting" in log_of(run)
+
+
+# ------------------------------------------------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"no right to mount a file system: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(ballast: Path) -> None:
+    """Take all the room there is."""
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def fill_at(step: int, ballast: Path, patch: pytest.MonkeyPatch, room_at: int | None = None) -> None:
+    """The disk is full from a step on, until there is room at another."""
+    heed = Run.heed
+
+    def heeding(self: Run, *arguments: Any) -> None:
+        if not ballast.exists() and self.step == step:
+            self.outbox.wait()
+            fill(ballast)
+        if self.step == room_at:
+            ballast.write_bytes(b"")
+        heed(self, *arguments)
+
+    patch.setattr(Run, "heed", heeding)
+
+
+@pytest.mark.parametrize("in_background", ["true", "false"])
+def test_a_disk_that_is_full_for_a_while(
+    tmp_path: Path, uninterrupted: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, in_background: str
+):
+    """While the disk is full the run goes on and warns; with room again it ends with the very files of an undisturbed run."""
+    del tmp_path
+    fill_at(7, small_disk / "ballast", monkeypatch, room_at=16)
+    run = train(small_disk / "run", f"--checkpoint.in_background={in_background}")
+    assert "warning: No space left on device" in log_of(run)
+    assert_same_results(run, uninterrupted)
+
+
+def test_a_disk_that_stays_full(small_disk: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a disk that stays full the run stops after max_failures refusals in a row, not before, with the disk's error; the old
+    checkpoint stays, and with room the same command goes on to the end of an undisturbed run.
+    """
+    run, flags = small_disk / "run", ("--checkpoint.every_minutes=0", "--checkpoint.in_background=false")
+    saves: list[int] = []
+    save = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, snap: (saves.append(snap.progress["step"]), save(self, snap))[1])
+    with pytest.MonkeyPatch.context() as patch:
+        fill_at(8, small_disk / "ballast", patch)
+        with pytest.raises(OSError, match="No space left on device"):
+            train(run, *flags)
+    newest, complaints = Checkpoints(run / "checkpoints", 2).newest_valid()
+    assert newest is not None and newest.name == "step-0000007" and complaints == []
+    (small_disk / "ballast").unlink()
+    train(run)
+    assert "resuming after epoch 1.167, step 7" in log_of(run)
+    assert_same_results(run, uninterrupted)
 
 
 def wait_for(path: Path, process: "subprocess.Popen[bytes]", seconds: float = 120) -> None:
@@ -314,10 +425,10 @@ def test_other_images_are_refused(tmp_path: Path, image_folder: Path):
 def test_settings_that_may_change(tmp_path: Path, uninterrupted: Path):
     """What does not decide the weights may change on the way: logging, evaluation, how many checkpoints stay."""
     run = saved_by_epoch_2(tmp_path)
-    train(run, "--log_every=3", "--evaluation.captures=false", "--checkpoints_to_keep=1", "--data.prefetch=3")
+    train(run, "--log_every=3", "--evaluation.captures=false", "--checkpoint.keep=1", "--data.prefetch=3")
     one, other = load_file(run / "captures/epoch-04.safetensors"), load_file(uninterrupted / "captures/epoch-04.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch-04"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000024"]
 
 
 def test_never_resume(tmp_path: Path):
@@ -357,7 +468,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 ):
     """A damaged newest checkpoint is named in a warning, and the run goes on from the one before it to the same end."""
     run = saved_by_epoch_2(tmp_path)
-    newest = run / "checkpoints/epoch-02"
+    newest = run / "checkpoints/step-0000012"
     damage(newest / name)
     train(run)
     assert f"warning: checkpoint {newest}: {words}; trying the one before it" in log_of(run)
@@ -367,19 +478,19 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 def test_all_checkpoints_damaged(tmp_path: Path):
     """Without any valid checkpoint the run says which is damaged and how, and overwrites nothing."""
-    run = saved_by_epoch_2(tmp_path, "--checkpoints_to_keep=1")
-    flip_a_byte(run / "checkpoints/epoch-02/weights.safetensors")
+    run = saved_by_epoch_2(tmp_path, "--checkpoint.keep=1")
+    flip_a_byte(run / "checkpoints/step-0000012/weights.safetensors")
     before = (run / "captures/epoch-02.safetensors").read_bytes()
     with pytest.raises(InputError, match="holds a run but no valid checkpoint to go on from"):
-        train(run, "--checkpoints_to_keep=1")
-    assert "epoch-02: weights.safetensors is not as it was written; trying the one before it" in log_of(run)
+        train(run, "--checkpoint.keep=1")
+    assert "step-0000012: weights.safetensors is not as it was written; trying the one before it" in log_of(run)
     assert (run / "captures/epoch-02.safetensors").read_bytes() == before
 
 
 def test_half_written_folders_are_ignored(tmp_path: Path, uninterrupted: Path):
     """Folders and files that an interrupted write left aside under `.partial` neither count nor disturb."""
     run = saved_by_epoch_2(tmp_path)
-    shutil.copytree(run / "checkpoints/epoch-02", run / "checkpoints/epoch-03.partial")
+    shutil.copytree(run / "checkpoints/step-0000012", run / "checkpoints/step-0000018.partial")
     (run / "results.json.partial").write_text('[{"name": "pre')
     (run / "captures/epoch-03.safetensors.partial").write_bytes(b"\0\0")
     train(run)
@@ -440,7 +551,7 @@ def test_a_run_without_its_checkpoints_is_not_overwritten(tmp_path: Path):
     shutil.rmtree(tmp_path / "run")
     train(run, "--swa.num_epochs=1", "--swa.report_epochs=[1]")
     (run / "swa.safetensors").unlink()
-    (run / "checkpoints" / "epoch-01" / "manifest.json").unlink()
+    (run / "checkpoints" / "step-0000006" / "manifest.json").unlink()
     with pytest.raises(InputError, match="no valid checkpoint"):
         train(run, "--swa.num_epochs=1", "--swa.report_epochs=[1]")
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import QUICK_RUN, index_folder, one_line
+from cuts import PowerCut, cut_at_epoch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -22,8 +23,9 @@ from imagenet_swa.data.loaders import hold_out
 from imagenet_swa.finetune import finetune
 from imagenet_swa.models import resolve_preprocessing
 from imagenet_swa.report import load_run
+from imagenet_swa.results import compare_with_published
 from imagenet_swa.run import Run
-from imagenet_swa.session import Session, compare_with_published
+from imagenet_swa.session import Session
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -141,23 +143,10 @@ def test_plain_sgd_without_its_checkpoints_is_not_overwritten(plain: Path, tmp_p
     assert (run / "results.json").read_bytes() == (plain / "results.json").read_bytes()
 
 
-class PowerCut(Exception):
-    """The machine goes down."""
-
-
 def cut(output: Path, epoch: int, method: str, *flags: str) -> Path:
     """A run that ends where `method` of Run is called with so many finished epochs, and is started again."""
-    original = getattr(Run, method)
-
-    def power_cut(self: Run, *arguments: Any) -> Any:
-        if self.epoch == epoch:
-            raise PowerCut
-        return original(self, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, method, power_cut)
-        with pytest.raises(PowerCut):
-            train(output, *flags)
+    with cut_at_epoch(epoch, method):
+        train(output, *flags)
     return train(output, *flags)
 
 
@@ -218,7 +207,7 @@ def test_minimum_of_the_rate_is_where_the_capture_is(in_steps: Path):
 
 
 @pytest.mark.parametrize(
-    ("epoch", "method"), [(0, "_capture"), (1, "_capture"), (3, "train_one_epoch"), (3, "evaluate_what_is_due")]
+    ("epoch", "method"), [(0, "at_minimum"), (1, "at_minimum"), (3, "train_one_epoch"), (3, "evaluate_what_is_due")]
 )
 def test_run_with_cycles_in_steps_resumes(in_steps: Path, tmp_path: Path, epoch: int, method: str):
     """Interrupted between two captures of an epoch or after it, a run ends with the same bits, results and predictions."""
@@ -233,12 +222,10 @@ def test_captures_with_a_result_are_not_needed_again(tmp_path: Path):
     """A run between two captures resumes without the file of the first, once that is evaluated; else it names the file."""
     flags = ("--swa.cycle_steps=9", "--swa.num_epochs=3", "--swa.report_epochs=[]")  # epochs of six steps
     run, file = tmp_path / "run", "captures/step-0000009.safetensors"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "finish", lambda _: None)
+    with pytest.raises(PowerCut), pytest.MonkeyPatch.context() as patch:
         original = Run.train_one_epoch
         patch.setattr(Run, "train_one_epoch", lambda self: original(self) if self.epoch < 2 else stop())
-        with pytest.raises(PowerCut):
-            train(run, *flags)
+        train(run, *flags)  # writes what waits before it ends
     (run / file).unlink()
     results = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps([result for result in results if result["name"] != "capture"]))

@@ -265,15 +265,16 @@ def test_runs_that_differ_in_more_than_the_grid_says(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------------ launchers
 
 
-def launcher(folder: Path, failing: str = "nothing") -> dict[str, str]:
+def launcher(folder: Path, failing: str = "nothing", code: int = 7) -> dict[str, str]:
     """study.sh and study.sbatch in a project of their own whose single_node.sh writes down what it is called with, and fails for
-    a run of that name. The program is a stand-in that says what `imagenet-swa study` would of three unfinished runs.
+    a run of that name with that code. The program is a stand-in that says what `imagenet-swa study` would of three unfinished
+    runs.
     """
     (folder / "launch").mkdir()
-    for name in ("study.sh", "study.sbatch"):
+    for name in ("study.sh", "study.sbatch", "stoppable.sh"):
         (folder / "launch" / name).write_text((PROJECT / "launch" / name).read_text())
-    called = 'printf "%s|" "$@" >> called; echo >> called; case "$*" in *FAILING*) exit 7 ;; esac\n'
-    (folder / "launch" / "single_node.sh").write_text(called.replace("FAILING", failing))
+    called = 'printf "%s|" "$@" >> called; echo >> called; case "$*" in *FAILING*) exit CODE ;; esac\n'
+    (folder / "launch" / "single_node.sh").write_text(called.replace("FAILING", failing).replace("CODE", str(code)))
     program = folder / "bin" / "imagenet-swa"
     program.parent.mkdir()
     program.write_text(
@@ -285,8 +286,8 @@ def launcher(folder: Path, failing: str = "nothing") -> dict[str, str]:
     return {"FIRST": str(program.parent)}
 
 
-def launch(folder: Path, script: str, *arguments: str, failing: str = "nothing", **environment: str) -> Any:
-    environment |= launcher(folder, failing)
+def launch(folder: Path, script: str, *arguments: str, failing: str = "nothing", code: int = 7, **environment: str) -> Any:
+    environment |= launcher(folder, failing, code)
     command = ["bash", "-c", 'PATH="$FIRST:$PATH" exec bash "$@"', "bash", f"launch/{script}", *arguments]
     return run(command, cwd=folder, timeout=30, **environment)
 
@@ -309,6 +310,15 @@ def test_a_failed_run_stops_no_other(tmp_path: Path):
     assert len((tmp_path / "called").read_text().splitlines()) == 3
     assert done.stdout.splitlines()[-1] == "table of grid.yaml"
     assert done.stderr.splitlines()[-2:] == ["study.sh: 1 of 3 runs failed:", "  runs/run 1 (exit code 7)"]
+
+
+@pytest.mark.parametrize("code", [85, 130])
+def test_a_stop_stops_all(tmp_path: Path, code: int):
+    """After a run that was stopped as asked, or by a second Ctrl-C, no other starts; the exit code is that run's."""
+    done = launch(tmp_path, "study.sh", "grid.yaml", failing="run\\ 1", code=code)
+    assert done.returncode == code
+    assert len((tmp_path / "called").read_text().splitlines()) == 2
+    assert done.stdout.splitlines()[-1].startswith("== 2 of 3: ")
 
 
 def test_all_failed(tmp_path: Path):
