@@ -42,7 +42,8 @@ def exit_code_of(call: Callable[[], int], *, goes_on: str = "") -> int:
         if told is not None:
             return _lost_others(told)
         traceback.print_exception(error)
-        return end(FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", every_rank=True, is_new=False)
+        line = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        return end(FAILED, line, every_rank=True, is_new=False, restart_may_help=_is_of_the_accelerator(error))
     status.end(code, None)
     _part_from_others(code, None)
     return code
@@ -56,6 +57,7 @@ def end(
     lost_others: bool = False,
     kind: str = "error",
     is_new: bool = True,
+    restart_may_help: bool = False,
 ) -> int:
     """Say why on stderr, once per machine unless only this rank knows, where no supervisor does so last of all.
 
@@ -66,10 +68,11 @@ def end(
         lost_others: it is only because another rank ended.
         kind: error or stopped.
         is_new: the screen does not show it yet.
+        restart_may_help: the same need not come again.
     """
     rank = f" [rank {os.environ['RANK']}]" if every_rank and "RANK" in os.environ else ""
     line = printable(f"imagenet-swa: {kind}{rank}: {message}")
-    status.end(code, line, lost_others=lost_others)
+    status.end(code, line, lost_others=lost_others, restart_may_help=restart_may_help)
     if is_new and not status.is_watched() and (every_rank or os.environ.get("LOCAL_RANK", "0") == "0"):
         print(line, file=sys.stderr, flush=True)
     _part_from_others(code, None if code == REQUEUE else message, lost_others=lost_others)
@@ -91,6 +94,10 @@ def _what_others_did(error: Exception) -> str | None:
     from imagenet_swa.runtime import what_others_did
 
     return what_others_did(error)
+
+
+def _is_of_the_accelerator(error: Exception) -> bool:
+    return "torch" in sys.modules and isinstance(error, getattr(sys.modules["torch"], "AcceleratorError", ()))
 
 
 def _part_from_others(code: int, failure: str | None, *, lost_others: bool = False) -> None:

@@ -47,7 +47,7 @@ class Attendant(Protocol):
         ...
 
     def heed(self, verdicts: Sequence[Verdict]) -> None:
-        """What all ranks said about the last steps; `Progress.step` of them are finished, and that is not the end of an epoch."""
+        """What all ranks said about the last steps; `Progress.step` of them are finished, which may be the end of an epoch."""
         ...
 
 

@@ -113,7 +113,8 @@ class Outbox:
             is_retry, self._is_retry = self._is_retry, False
             self._is_asked, self._is_writing = False, bool(self._waiting) and self._failure is None
             self._changed.notify_all()
-        status.writing(self._is_writing)
+        if self._is_writing:  # else, on the other ranks, rank 0's thread may
+            status.writing(True)
         while self._is_writing:
             letter, failure = self._waiting[0], None
             try:
@@ -136,7 +137,8 @@ class Outbox:
             return
         self._refusal = failure
         if failure is None:
-            self._num_failures = 0
+            if len(self._waiting) == 1:  # nothing is left: a line of a log may find room where a checkpoint finds none
+                self._num_failures = 0
             return
         self._num_failures += is_retry
         if not isinstance(failure, OSError) or self._num_failures >= self._max_failures:

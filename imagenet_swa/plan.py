@@ -105,6 +105,19 @@ def check_cycle(plan: Plan) -> None:
     )
 
 
+def check_goes_on(plan: Plan, *, steps_per_epoch: int, step: int) -> None:
+    """Raise InputError where a checkpoint after so many steps has epochs of another length, or lies beyond the end."""
+    now, num_epochs = plan.steps_per_epoch, plan.swa.num_epochs
+    require(
+        steps_per_epoch == now,
+        f"the checkpoint's epochs have {steps_per_epoch} steps, now they would have {now}; choose another output",
+    )
+    require(
+        step <= num_epochs * now,
+        f"the checkpoint was saved after epoch {step / now:.4g}, swa.num_epochs is {num_epochs}; choose another output",
+    )
+
+
 def check_batches(plan: Plan, config: Config, network: nn.Module) -> str | None:
     """What is unwise about the sizes of the batches that BatchNorm will see, None if nothing.
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,11 +74,10 @@ class Records:
     def flush(self) -> None:
         """Wait until all lines are on the disk. Raises OSError where it refuses some."""
         if self._runtime.is_main:
-            with self._lock:
-                for name in self._unwritten:
+            for name in self._unwritten:
+                with self._lock:
                     self._write(name)
-                    if (self._folder / name).exists():
-                        flush(self._folder / name)
+                flush(self._folder / name)  # training may go on saying things meanwhile
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator["Ticker"]:
@@ -150,12 +150,14 @@ def claim_folder(config: Config, runtime: Runtime) -> None:
     taken = runtime.from_main((config.output / "config.yaml").exists() if runtime.is_main else None)
     if taken and config.resume == "never":
         raise InputError(f"{config.output} already holds a run and resume is never; choose another output, or resume auto")
-    if runtime.is_main:
-        try:
-            config.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot create the run folder {config.output}: {error.strerror}") from None
-    runtime.barrier()
+    runtime.on_main(partial(_make_folder, config.output))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create the run folder {folder}: {error.strerror}") from None
 
 
 def _step_of(line: str) -> float:

@@ -15,13 +15,13 @@ from imagenet_swa import status
 from imagenet_swa.agreement import GOES_ON, Verdict, Wishes, why_stopped
 from imagenet_swa.averaging import capture_weights
 from imagenet_swa.checkpoint import Checkpoints, Snapshot, check_same_run, copy_atomically, load_snapshot, save_weights
-from imagenet_swa.config import Config, InputError, LostOthersError, StopRequested, TrainingError, require
+from imagenet_swa.config import Config, InputError, LostOthersError, StopRequested, TrainingError
 from imagenet_swa.engine import check_weights, train_one_epoch
 from imagenet_swa.files import remove_left_overs
 from imagenet_swa.lock import RunLock
 from imagenet_swa.models import Weights, batchnorm_layers, read_weights
 from imagenet_swa.outbox import Outbox
-from imagenet_swa.plan import Plan, check_batches, make_plan
+from imagenet_swa.plan import Plan, check_batches, check_goes_on, make_plan
 from imagenet_swa.records import Records, claim_folder
 from imagenet_swa.report import write_report
 from imagenet_swa.results import Results, saved_results
@@ -128,8 +128,7 @@ class Run:
     def _check_same_run(self, progress: dict[str, Any]) -> None:
         for change in check_same_run(progress, self.session.identity(), self.config.allow_changed):
             self.records.say(f"warning: {change}, as allowed; results are those of neither setting")
-        before, now = progress["steps_per_epoch"], self.plan.steps_per_epoch
-        require(before == now, f"the checkpoint's epochs have {before} steps, now they would have {now}; choose another output")
+        check_goes_on(self.plan, steps_per_epoch=progress["steps_per_epoch"], step=progress["step"])
 
     def _restore(self, snapshot: Snapshot) -> None:
         self.state.restore(snapshot)
@@ -233,6 +232,7 @@ class Run:
     def finish(self) -> Path:
         """Write swa.safetensors, where anything was averaged, and the report; returns the latter's path."""
         status.phase("finishing")
+        self.runtime.stop.is_heeded = True  # what is left takes seconds, and is not worth a stop
         self.runtime.on_main(self._write_last_files)
         self.runtime.accelerator.end_training()
         return self.folder / "report.md"

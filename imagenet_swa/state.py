@@ -9,9 +9,9 @@ from imagenet_swa.averaging import WeightAverage, capture_weights
 from imagenet_swa.batchnorm import mean_over_ranks, restore_statistics, statistics_of_ranks
 from imagenet_swa.checkpoint import Snapshot
 from imagenet_swa.engine import Progress
-from imagenet_swa.plan import Plan
 from imagenet_swa.models import Weights, load_weights
 from imagenet_swa.optim import load_momentum_buffers, make_sgd, momentum_buffers
+from imagenet_swa.plan import Plan
 from imagenet_swa.rehearsal import rehearse
 from imagenet_swa.session import Session
 

@@ -104,6 +104,8 @@ class Stepper:
             batch = next(stream)
             num_left_out += len(batch.left_out)
             is_last = part + 1 == plan.num_accumulation
+            if is_last:  # a rank that never comes here, with a loader that hangs, is behind those that wait for its gradients
+                runtime.doing(f"training, step {step + 1}, which needs all gradients")
             with nullcontext() if is_last else runtime.accelerator.no_sync(self._network):
                 logits = self._network(batch.images)
                 smoothing = self._config.optimizer.label_smoothing

@@ -7,6 +7,7 @@ tf_efficientnet_lite0.timm.safetensors; by default `../shared/data` beside the p
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import settings
 from PIL import Image
 
+from imagenet_swa import stop
 from imagenet_swa.config import InputError, Preprocessing
 from imagenet_swa.data.index import ImageIndex, make_index
 from imagenet_swa.data.sources import Source, scan
@@ -69,6 +71,17 @@ def on_the_cpu() -> Iterator[None]:
 def fresh_accelerator() -> None:
     """Accelerate keeps the settings of the first run of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def nobody_asked_to_stop() -> Iterator[None]:
+    """`imagenet-swa train` in this process takes over its signals, and would remember those of an earlier test."""
+    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
+    vars(stop.request).update(vars(stop.StopRequest()))
 
 
 @pytest.fixture(scope="session")

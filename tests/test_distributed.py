@@ -379,8 +379,8 @@ small = PreprocessingConfig(image_size=32)
 run = Run.start(Config(output=Path(sys.argv[1]), model=model, data=DataConfig(synthetic=True), preprocessing=small))
 images = torch.randn(2, 3, 32, 32)
 with torch.inference_mode():
-    print(float((run.network.eval()(images) - run.session.network.eval()(images)).abs().max()))
-print(sum(isinstance(layer, nn.SyncBatchNorm) for layer in run.network.modules()))
+    print(float((run.state.network.eval()(images) - run.session.network.eval()(images)).abs().max()))
+print(sum(isinstance(layer, nn.SyncBatchNorm) for layer in run.state.network.modules()))
 """
 
 

@@ -24,7 +24,7 @@ from imagenet_swa.data.sampling import Indices
 from imagenet_swa.data.synthetic import synthetic_index
 from imagenet_swa.engine import Progress, train_one_epoch
 from imagenet_swa.optim import make_sgd
-from imagenet_swa.plan import Plan, make_plan
+from imagenet_swa.plan import Plan, check_goes_on, make_plan
 from imagenet_swa.records import Records
 from imagenet_swa.runtime import Runtime, start_runtime
 
@@ -214,6 +214,16 @@ def test_cosine_cycle_longer_than_its_annealing():
     swa = SwaConfig(num_epochs=4, schedule="cosine", cycle_epochs=2, budget_epochs=4, cosine_start_epoch=3, report_epochs=())
     with pytest.raises(InputError, match="a cycle of 12 steps from step 18 on leaves the cosine's 24"):
         make_plan(Config(swa=swa, global_batch_size=10), num_images=60, world_size=1)
+
+
+def test_a_checkpoint_beyond_the_end():
+    """A run cannot go on from after its last epoch, nor from epochs of another length; it can from its end."""
+    plan = make_plan(Config(swa=SwaConfig(num_epochs=3), global_batch_size=10), num_images=60, world_size=1)
+    check_goes_on(plan, steps_per_epoch=6, step=18)
+    with pytest.raises(InputError, match=r"saved after epoch 3\.167, swa.num_epochs is 3; choose another output"):
+        check_goes_on(plan, steps_per_epoch=6, step=19)
+    with pytest.raises(InputError, match="the checkpoint's epochs have 7 steps, now they would have 6"):
+        check_goes_on(plan, steps_per_epoch=7, step=7)
 
 
 # ---------------------------------------------------------------------------------------------------------- logging

@@ -133,6 +133,21 @@ def test_gives_up_after_so_many_in_a_row(in_background: bool, max_failures: int)
 
 
 @BACKGROUND
+def test_a_line_that_still_finds_room(in_background: bool):
+    """On a disk that takes a line of a log but no checkpoint, the checkpoints' failures are failures in a row."""
+    disk, full = Disk(), Disk()
+    full.is_full = True
+    with outbox(in_background=in_background, max_failures=3) as box:
+        for number in range(3):
+            assert box.failure is None
+            box.put("log", disk.writing(f"log {number}"))
+            box.put("checkpoint", full.writing("checkpoint"), retry=True)
+            settle(box)
+        assert box.failure is not None
+    assert disk.written[0] == "log 0"
+
+
+@BACKGROUND
 def test_captures_do_not_count(in_background: bool):
     """Only checkpoints, which ask for another try, count towards the failures after which a run stops."""
     disk = Disk()

@@ -357,13 +357,14 @@ def test_a_disk_that_stays_full(small_disk: Path, uninterrupted: Path, monkeypat
     checkpoint stays, and with room the same command goes on to the end of an undisturbed run.
     """
     run, flags = small_disk / "run", ("--checkpoint.every_minutes=0", "--checkpoint.in_background=false")
-    saves: list[int] = []
-    save = Checkpoints.save
-    monkeypatch.setattr(Checkpoints, "save", lambda self, snap: (saves.append(snap.progress["step"]), save(self, snap))[1])
+    steps: list[int] = []
+    launch = Stepper.launch
+    monkeypatch.setattr(Stepper, "launch", lambda self, step, *rest: (steps.append(step), launch(self, step, *rest))[1])
     with pytest.MonkeyPatch.context() as patch:
         fill_at(8, small_disk / "ballast", patch)
         with pytest.raises(OSError, match="No space left on device"):
             train(run, *flags)
+    assert steps == list(range(11)), "refused after steps 8, 9 and 10, agreed on with the vote of the next"
     newest, complaints = Checkpoints(run / "checkpoints", 2).newest_valid()
     assert newest is not None and newest.name == "step-0000007" and complaints == []
     (small_disk / "ballast").unlink()

@@ -1,8 +1,9 @@
 """Updates from batches and gradients that are not finite: none of them is made, whoever decides it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -170,6 +171,30 @@ def test_verdicts_come_once_and_in_order(runtime: Runtime):
         assert got == wanted[:step]
     got += late.stepper.verdicts(all_of_them=True)
     assert got == wanted and late.stepper.verdicts(all_of_them=True) == []
+
+
+class Noting:
+    """A watch that notes what it is told."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.note = events.append
+
+
+def test_a_rank_without_its_batch_is_behind(runtime: Runtime):
+    """In each step a rank notes once that it has its batch, so that one whose loader hangs is behind those that wait for it."""
+    events: list[str] = []
+
+    def noted(stream: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in stream:
+            yield batch
+            events.append("asks for the next batch")
+
+    trial = Trial(replace(runtime, watch=cast("Any", Noting(events))), fused=True)
+    trial.stream = noted(trial.stream)
+    for _ in range(3):
+        trial.launch()
+    notes = [f"training, step {step}, which needs all gradients" for step in (1, 2, 3)]
+    assert events == [notes[0], "asks for the next batch", notes[1], "asks for the next batch", notes[2]]
 
 
 # ------------------------------------------------------------------------------------------- what the guard rests on
