@@ -1,10 +1,10 @@
 """Points of weight space: measured as a plain loop measures them, however they are grouped, interrupted and shared out."""
 
 import json
-import threading
 import math
 import os
 import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
