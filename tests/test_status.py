@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,24 +95,26 @@ def test_who_asks_to_stop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert not status.by_launcher()
 
 
-@pytest.fixture
+@contextmanager
 def no_space() -> Iterator[None]:
     """No file of this process can grow."""
     _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("no_space")
 def test_a_full_disk_disturbs_no_run(folder: Path) -> None:
     """Where nothing can be written, nothing half-written takes the place of the record, and no call fails."""
-    with pytest.raises(OSError, match="large"):
-        (folder / "probe").write_text("x")
-    status.begin()
-    status.phase("training")
-    status.writing(True)
-    status.end(0, None)
+    with no_space():
+        with pytest.raises(OSError, match="large"):
+            (folder / "probe").write_text("x")
+        status.begin()
+        status.phase("training")
+        status.writing(True)
+        status.end(0, None)
     assert not (folder / "rank-3.json").exists()
 
 
