@@ -112,7 +112,7 @@ def programs(tmp_path: Path) -> Path:
     """Stand-ins: an `accelerate` that prints its arguments, one a line, and a `python` that sees three GPUs."""
     folder = tmp_path / "programs"
     program(folder, "accelerate", "printf '%s\\n' \"$@\"")
-    program(folder, "python", f'[ "$1" = -c ] && echo 3 || exec {sys.executable} "$@"')
+    program(folder, "python", f'[ "$1" = -c ] && echo 3 || exec "{sys.executable}" "$@"')
     scontrol(folder, "node[7-8]", "node7", "node8")
     return folder
 
