@@ -305,21 +305,15 @@ def test_two_ranks_measure_what_one_measures(session: Session, tmp_path: Path):
 
 def test_a_rank_waits_for_the_others(tmp_path: Path, session: Session, monkeypatch: pytest.MonkeyPatch):
     """A rank that is done early looks into the journals until everything is there; no collective with a time limit waits."""
-    looks = []
-
-    def look(_seconds: float) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # one that an earlier test left behind
-        looks.append(1)
-        if len(looks) == 3:
-            (tmp_path / "points-rank-01.jsonl").write_text('{"key": "b", "name": "", "values": {"l2": 2.0}}\n')
-
+    late = tmp_path / "points-rank-01.jsonl"
     (tmp_path / "points-rank-00.jsonl").write_text('{"key": "a", "name": "", "values": {"l2": 1.0}}\n')
-    monkeypatch.setattr(points_module.time, "sleep", look)
-    monkeypatch.setattr(type(session.runtime), "barrier", lambda _: looks.append(2))
+    monkeypatch.setattr(points_module, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    barriers: list[bool] = []
+    monkeypatch.setattr(type(session.runtime), "barrier", lambda _: barriers.append(late.exists()))
+    threading.Timer(0.3, late.write_text, ['{"key": "b", "name": "", "values": {"l2": 2.0}}\n']).start()
     runtime = replace(session.runtime, world_size=2)
     assert points_module._all_values(tmp_path, {"a", "b"}, runtime) == {"a": {"l2": 1.0}, "b": {"l2": 2.0}}
-    assert looks == [1, 1, 1, 2]
+    assert barriers == [True]
 
 
 def test_a_rank_does_not_wait_for_one_that_failed(tmp_path: Path, session: Session, monkeypatch: pytest.MonkeyPatch):
