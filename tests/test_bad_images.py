@@ -726,7 +726,7 @@ def halted_once(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The original, which tests copy."""
     halted = Halted(tmp_path_factory.mktemp("halted") / "images", tmp_path_factory.mktemp("halted") / "run")
     shutil.copytree(image_folder, halted.images)
-    interrupted(halted.folder, 1, "train_one_epoch", *halted.flags)
+    interrupted(halted.folder, 1, "train_one_epoch", "--checkpoint.in_background=false", *halted.flags)
     return halted
 
 

@@ -4,9 +4,9 @@ import json
 import math
 import os
 import socket
-import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -305,15 +305,22 @@ def test_two_ranks_measure_what_one_measures(session: Session, tmp_path: Path):
 
 def test_a_rank_waits_for_the_others(tmp_path: Path, session: Session, monkeypatch: pytest.MonkeyPatch):
     """A rank that is done early looks into the journals until everything is there; no collective with a time limit waits."""
-    late = tmp_path / "points-rank-01.jsonl"
-    (tmp_path / "points-rank-00.jsonl").write_text('{"key": "a", "name": "", "values": {"l2": 1.0}}\n')
-    monkeypatch.setattr(points_module, "_SECONDS_BETWEEN_LOOKS", 0.01)
-    barriers: list[bool] = []
-    monkeypatch.setattr(type(session.runtime), "barrier", lambda _: barriers.append(late.exists()))
-    threading.Timer(0.3, late.write_text, ['{"key": "b", "name": "", "values": {"l2": 2.0}}\n']).start()
+    values = {key: dict.fromkeys(sorted(points_module._MEASURED), number) for key, number in (("a", 1.0), ("b", 2.0))}
+    first, late = (json.dumps({"key": key, "name": "", "values": values[key]}) + "\n" for key in values)
+    journal = tmp_path / "points-rank-01.jsonl"
+    looks: list[int] = []
+
+    def look(_seconds: float) -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            journal.write_text(late)
+
+    (tmp_path / "points-rank-00.jsonl").write_text(first)
+    monkeypatch.setattr(points_module, "time", SimpleNamespace(sleep=look))  # of this module: other threads sleep too
+    monkeypatch.setattr(type(session.runtime), "barrier", lambda _: looks.append(2))
     runtime = replace(session.runtime, world_size=2)
-    assert points_module._all_values(tmp_path, {"a", "b"}, runtime) == {"a": {"l2": 1.0}, "b": {"l2": 2.0}}
-    assert barriers == [True]
+    assert points_module._all_values(tmp_path, {"a", "b"}, runtime) == values
+    assert looks == [1, 1, 1, 2]
 
 
 def test_a_rank_does_not_wait_for_one_that_failed(tmp_path: Path, session: Session, monkeypatch: pytest.MonkeyPatch):

@@ -55,9 +55,13 @@ def interrupted(output: Path, epoch: int, method: str, *flags: str) -> Path:
     return output
 
 
+# A cut loses what still waits to be written; with this, what was saved before it is there.
+WRITTEN = "--checkpoint.in_background=false"
+
+
 def saved_by_epoch_2(tmp_path: Path, *flags: str) -> Path:
     """A run folder with checkpoints of epochs 1 and 2, cut while epoch 3 is trained."""
-    return interrupted(tmp_path / "run", 2, "train_one_epoch", *flags)
+    return interrupted(tmp_path / "run", 2, "train_one_epoch", WRITTEN, *flags)
 
 
 def assert_same_results(run: Path, wanted: Path) -> None:
@@ -141,7 +145,7 @@ def test_cut_twice(tmp_path: Path, uninterrupted: Path):
 
 def test_evaluation_cut_in_the_middle_is_repeated(tmp_path: Path, uninterrupted: Path):
     """A report epoch whose evaluation was cut has no results of it; the resumed run makes them, and trains nothing again."""
-    run = interrupted(tmp_path / "run", 2, "results.add")
+    run = interrupted(tmp_path / "run", 2, "results.add", WRITTEN)
     assert {result["epoch"] for result in json.loads((run / "results.json").read_text())} == {0, 1}
     steps = trained_steps(run)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
@@ -163,7 +167,7 @@ def test_evaluations_are_logged_once(tmp_path: Path, uninterrupted: Path):
         lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         return [(line["step"], line["name"]) for line in lines if line["kind"] == "evaluation"]
 
-    run = interrupted(tmp_path / "run", 2, "results.add")
+    run = interrupted(tmp_path / "run", 2, "results.add", WRITTEN)
     train(run)
     assert evaluations(run) == evaluations(uninterrupted)
 
@@ -412,7 +416,7 @@ def test_other_images_are_refused(tmp_path: Path, image_folder: Path):
     """A checkpoint does not go on with another list of images; the same images elsewhere are fine."""
     images = tmp_path / "images"
     shutil.copytree(image_folder, images)
-    run = interrupted(tmp_path / "run", 1, "train_one_epoch", *on_images(images, "torchvision"))
+    run = interrupted(tmp_path / "run", 1, "train_one_epoch", WRITTEN, *on_images(images, "torchvision"))
     moved = images.rename(tmp_path / "elsewhere")
     extra = moved / "val/bee/new.JPEG"
     Image.new("RGB", (50, 50)).save(extra)
