@@ -20,6 +20,7 @@ import pytest
 import timm
 import torch
 from conftest import QUICK_RUN, index_folder, run
+from launched import processes_with
 from safetensors.torch import load_file, save_file
 
 from imagenet_swa.data.sampling import training_batches
@@ -316,18 +317,6 @@ def test_two_machines_told_by_the_scheduler(folder: Path, one_rank: Path) -> Non
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
-
-
-def processes_with(marker: str) -> list[int]:
-    """Ids of running processes that have the text in their environment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if marker.encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
 
 
 def test_a_batch_that_does_not_divide_is_refused_once(folder: Path) -> None:

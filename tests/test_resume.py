@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import PROJECT, QUICK_RUN
+from conftest import PROJECT, QUICK_RUN, mounted
 from cuts import PLACES, PowerCut, cut_at_epoch, cut_at_step
 from PIL import Image
 from safetensors.torch import load_file
@@ -311,15 +311,8 @@ def test_differences_allowed_by_name(tmp_path: Path):
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 32 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"no right to mount a file system: {mounted.stderr.decode().strip()}")
-    try:
+    with mounted(tmp_path / "disk", "32m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def fill(ballast: Path) -> None:
