@@ -292,6 +292,7 @@ def assert_four_ranks(out: Path, one_rank: Path, folder: Path) -> None:
 
 
 @pytest.mark.network_namespaces
+@pytest.mark.slow
 def test_two_machines_told_by_arguments(folder: Path, one_rank: Path) -> None:
     """Two machines of two processes, rank and address given as arguments, train to the weights of one process."""
     out = folder / "machines-arguments"

@@ -247,6 +247,7 @@ def test_another_number_of_processes(place: Arena, image_folder: Path) -> None:
     assert largest_difference(wanted / name, wanted / "pretrained.safetensors") > MOVED_AT_LEAST
 
 
+@pytest.mark.slow
 def test_batchnorm_sees_parts_of_one_size(place: Arena) -> None:
     """Where speed.max_batch_size_per_device keeps the parts that BatchNorm sees, its network too goes on with another number of
     processes to the same weights but for rounding, which these random weights make three times as large in each step; only its
@@ -284,6 +285,7 @@ def test_a_batch_that_does_not_divide_is_refused(place: Arena) -> None:
 # --------------------------------------------------------------------------------------------------- as users start it
 
 
+@pytest.mark.slow
 def test_a_killed_launcher(place: Arena, tmp_path: Path) -> None:
     """Where launch/single_node.sh itself is killed in an epoch, its processes end with it; the same command finishes the run."""
     flags = (*RUN, *BF16)

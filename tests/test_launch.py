@@ -157,7 +157,7 @@ def test_restarts_are_passed_on(config: Path, programs: Path) -> None:
 def test_a_process_alone_is_restarted(config: Path, programs: Path, tmp_path: Path) -> None:
     """One process, which accelerate would not restart, comes back after a crash, unless that is switched off."""
     (tmp_path / "rank.py").write_text(RANK)
-    program(programs, "accelerate", f"exec {sys.executable} {tmp_path}/rank.py 'crash once'")
+    program(programs, "accelerate", f"exec '{sys.executable}' {tmp_path}/rank.py 'crash once'")
     for number, code in (("0", 1), ("1", 0)):
         command = ["bash", LAUNCH / "single_node.sh", "--num_processes", "1", "--max_restarts", number, config]
         process = start(command, f"PYTHONPATH={PROJECT}", f"NOTES={tmp_path}", programs=programs)

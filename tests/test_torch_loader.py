@@ -3,7 +3,9 @@
 import io
 import multiprocessing
 import os
+import sys
 import time
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import index_folder, index_list, index_names, preprocessing
+from conftest import index_folder, index_list, index_names, preprocessing, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import processes_with
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchvision import transforms
@@ -290,3 +293,33 @@ def test_gpu_batches(index: ImageIndex, num_workers: int) -> None:
         assert got.images.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(got.images.cpu(), batch.images, rtol=0, atol=1e-3)
         assert torch.equal(got.labels.cpu(), batch.labels)
+
+
+# A stream in its middle, and one whose error keeps its frames alive: neither is closed when the program ends.
+LEFT_OPEN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from conftest import index_folder, preprocessing
+from small_loaders import torchvision_loader
+index = index_folder(Path(sys.argv[2]))
+loader = torchvision_loader(index, preprocessing(), num_workers=2)
+half = loader.training_stream([[0, 1]] * 9, epoch=0)
+next(half)
+try:
+    for _ in (failing := loader.training_stream([[0, 1], [2, 3]] * 4, epoch=0)):
+        raise ValueError("of the taker")
+except ValueError as error:
+    sys.last_value = error
+print("the end", flush=True)
+"""
+
+
+def test_a_stream_left_open_does_not_hold_up_the_end(image_folder: Path):
+    """A process that ends in the middle of streams, as after an error, ends soon, and its worker processes with it."""
+    marker = f"SWA_TEST_{uuid.uuid4().hex}"
+    process = run(
+        ["env", f"{marker}=1", sys.executable, "-c", LEFT_OPEN, Path(__file__).parent, image_folder / "train"], timeout=60
+    )
+    assert (process.returncode, process.stdout) == (0, "the end\n"), process.stderr
+    assert processes_with(marker) == []

@@ -1,7 +1,7 @@
 """The torchvision / PIL backend: the same interface and the very same crops as `dali.py`, and its reference in tests."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from imagenet_swa.data.crops import MAX_RESIZED_SIDE, TOO_THIN, have_no_crop, tr
 from imagenet_swa.data.encoded import FORMATS, why_ambiguous, why_undecodable
 from imagenet_swa.data.index import ImageIndex
 from imagenet_swa.data.sampling import CropDraws, Indices, crop_windows, padded_crops
+from imagenet_swa.data.streams import until_exit
 
 Mode = Literal["train", "evaluation"]
 F: Any = functional  # annotated for tensors, also takes PIL images
@@ -53,13 +54,13 @@ class TorchvisionLoader:
 
     def training_stream(self, batches: Iterable[Indices], *, epoch: int) -> Iterator[Batch]:
         """See `ImageLoader`. Raises BadImageError with the file's name, or leaves the image out."""
-        return self._stream("train", batches, epoch)
+        return until_exit(self._stream("train", batches, epoch))
 
     def evaluation_stream(self, batches: Iterable[Indices]) -> Iterator[Batch]:
         """See `ImageLoader`. Raises BadImageError with the file's name, or leaves the image out."""
-        return self._stream("evaluation", batches, epoch=0)
+        return until_exit(self._stream("evaluation", batches, epoch=0))
 
-    def _stream(self, mode: Mode, batches: Iterable[Indices], epoch: int) -> Iterator[Batch]:
+    def _stream(self, mode: Mode, batches: Iterable[Indices], epoch: int) -> Generator[Batch, None, None]:
         batches = [np.asarray(indices, np.int64) for indices in batches]
         self._bad_images.start_pass()
         decoded = DataLoader(
@@ -75,15 +76,29 @@ class TorchvisionLoader:
         )
         with stop.held_back():  # until the workers, which would die of them, ignore them
             started = iter(decoded)
-        for pixels, kept, bad in started:
-            self._bad_images.leave_out(bad, num_good=len(kept) if mode == "train" else None)
-            yield self._to_batch(pixels, np.array(kept, np.int64), tuple(bad))
+        try:
+            for pixels, kept, bad in started:
+                self._bad_images.leave_out(bad, num_good=len(kept) if mode == "train" else None)
+                yield self._to_batch(pixels, np.array(kept, np.int64), tuple(bad))
+        finally:
+            _end_workers(started)
 
     def _to_batch(self, pixels: torch.Tensor, indices: Indices, left_out: tuple[int, ...]) -> Batch:
         order = torch.channels_last if self._channels_last else torch.contiguous_format
         images = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).to(torch.float32, memory_format=order)
         images = ((images - self._mean) / self._std).contiguous(memory_format=order)
         return Batch(images, labels_on(self._device, self.index.labels[indices]), indices, left_out)
+
+
+def _end_workers(iterator: Any) -> None:
+    """End the worker processes now. The garbage collector, held up by an exception's traceback, would end them late; and as they
+    ignore the signal by which Python ends those that are left, this process could wait for them for ever.
+    """
+    shut_down = getattr(iterator, "_shutdown_workers", None)  # torch has no public way; absent without workers
+    if shut_down is not None:
+        shut_down()
+        for worker in iterator._workers:
+            worker.kill()
 
 
 def _begin_worker(_number: int) -> None:
